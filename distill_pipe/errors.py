@@ -1,0 +1,63 @@
+"""Every failure that distill-pipe reports on purpose, and the exit code it ends with.
+
+    DistillPipeError            1
+    ├── UsageError              2    the command, the job file or the corpus is wrong; nothing was written
+    ├── QuarantineLimitError    3    more prompts were given up on than the run allows
+    ├── MismatchError           4    the dataset belongs to another run, or is of another format
+    ├── StorageFullError        5    no room (or quota) left for a shard; safe to run again
+    ├── EngineError             7    no engine could be started, or none is left
+    ├── CaptureError            7    the engine's rows are incomplete or not finite; the shard was not written
+    └── DamageError             8    `verify`, or a reader, found missing or damaged data
+
+A user's mistake ends in one line on stderr and its code, never in a traceback. The trade-off: the code belongs to the
+class, so that a script can act on it, and one class never ends in two codes. All are picklable (Ray ships them between
+processes) because they carry one message and nothing else.
+"""
+
+
+class DistillPipeError(Exception):
+    """Base of all failures reported on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(DistillPipeError, ValueError):
+    """The user asked for something that cannot be done; the message says what to change."""
+
+    exit_code = 2
+
+
+class QuarantineLimitError(DistillPipeError):
+    """More prompts were quarantined than the run allows."""
+
+    exit_code = 3
+
+
+class MismatchError(DistillPipeError, ValueError):
+    """The stored dataset and this run, or this version, do not belong together."""
+
+    exit_code = 4
+
+
+class StorageFullError(DistillPipeError, OSError):
+    """The store has no room left."""
+
+    exit_code = 5
+
+
+class EngineError(DistillPipeError, RuntimeError):
+    """No engine can do the work."""
+
+    exit_code = 7
+
+
+class CaptureError(DistillPipeError, RuntimeError):
+    """What the engine delivered is not a complete, finite supervision of the prompt."""
+
+    exit_code = 7
+
+
+class DamageError(DistillPipeError):
+    """Stored data is missing or damaged."""
+
+    exit_code = 8

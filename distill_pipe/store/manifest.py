@@ -1,0 +1,164 @@
+"""The small records that say what a dataset is and which shards are in it.
+
+`run.json` freezes the run and is written once, before any engine starts. Each committed shard carries its own record
+(`ShardInfo`) in its Parquet footer; the fragment in `_manifest/` repeats it with the file's hash and size, so that a
+reader needs one small file instead of a footer. A fragment is a convenience: when lost, it is rebuilt from the shard.
+"""
+
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from distill_pipe.errors import MismatchError
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.spec import FORMAT_VERSION, RunSpec, Sha256, spec_differences
+
+RUN = "run.json"
+SHARDS_PER_FOLDER = 1000
+Record = TypeVar("Record", bound=Struct)
+Count = Annotated[int, Meta(ge=0)]
+
+
+class FileRef(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of the dataset: name relative to the root, content hash, bytes."""
+
+    name: str
+    sha256: Sha256
+    size: Count
+
+
+class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """run.json: the frozen identity, its fingerprint, the plan files it was cut into, and who wrote it."""
+
+    format_version: int = FORMAT_VERSION
+    fingerprint: Sha256
+    spec: RunSpec
+    plan: tuple[FileRef, ...]
+    final_norm: FileRef | None = None
+    created_by: str
+    created_at: str
+
+
+class Measured(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured while the shard was written. `head_tv_error_max`: the largest total variation, over rows,
+    that rounding log-probabilities to the grid put into the head."""
+
+    head_tv_error_max: float
+    head_tv_error_mean: float
+    tail_mass_mean: float
+
+
+class ShardInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The record inside a main shard's footer. `first_ordinal` and `num_prompts` are its range in the plan."""
+
+    format_version: int = FORMAT_VERSION
+    fingerprint: Sha256
+    shard: Count
+    first_ordinal: Count
+    num_prompts: Count
+    attempt: str
+    traces: Count
+    tokens: Count
+    rows: Count
+    quarantined: Count
+    hidden: FileRef | None
+    quarantine: FileRef | None
+    measured: Measured
+
+
+class Fragment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """_manifest/0000/0000123.json: a committed main shard and its record."""
+
+    file: FileRef
+    info: ShardInfo
+
+
+def shard_name(shard: int) -> str:
+    """Where main shard `shard` is committed."""
+    return f"data/train/{shard // SHARDS_PER_FOLDER:04d}/shard-{shard:07d}.parquet"
+
+
+def sidecar_name(folder: str, shard: int, sha256: str) -> str:
+    """Where a content-named companion of `shard` lies; `folder` is `hidden_states/train` or `_quarantine`."""
+    return f"{folder}/{shard // SHARDS_PER_FOLDER:04d}/shard-{shard:07d}-{sha256[:8]}.parquet"
+
+
+def fragment_name(shard: int) -> str:
+    """Where the fragment of `shard` lies."""
+    return f"_manifest/{shard // SHARDS_PER_FOLDER:04d}/{shard:07d}.json"
+
+
+def encode_record(record: Struct) -> bytes:
+    """A record as canonical JSON."""
+    return msgspec.json.format(msgspec.json.encode(record, order="deterministic"), indent=1) + b"\n"
+
+
+def read_run(root: LocalRoot) -> Run | None:
+    """run.json, or None where no run was started.
+
+    Raises:
+        MismatchError: it cannot be read by this version, or its fingerprint does not match its own content.
+    """
+    data = root.read(RUN)
+    if data is None:
+        return None
+    run = decode_record(data, Run, f"{root}/{RUN}")
+    if run.spec.fingerprint != run.fingerprint:
+        raise MismatchError(f"{root}/{RUN} was edited: its fingerprint does not match its content")
+    return run
+
+
+def require_run(root: LocalRoot) -> Run:
+    """run.json of an existing dataset.
+
+    Raises:
+        MismatchError: there is none, or it cannot be read.
+    """
+    run = read_run(root)
+    if run is None:
+        raise MismatchError(f"{root} is not a distill-pipe dataset: it has no {RUN}")
+    return run
+
+
+def require_same_run(root: LocalRoot, stored: Run, given: RunSpec) -> None:
+    """Refuse to continue a dataset under other settings.
+
+    Raises:
+        MismatchError: naming every field that differs.
+    """
+    if stored.fingerprint != given.fingerprint:
+        lines = "\n  ".join(spec_differences(stored.spec, given))
+        raise MismatchError(f"{root} belongs to another run; use another output folder, or the settings it was made "
+                            f"with. Fields that differ:\n  {lines}")
+
+
+def read_fragment(root: LocalRoot, shard: int) -> Fragment | None:
+    """The fragment of `shard`, or None where there is none or it cannot be trusted (it is rebuilt then)."""
+    data = root.read(fragment_name(shard))
+    if data is None:
+        return None
+    try:
+        return decode_record(data, Fragment, fragment_name(shard))
+    except MismatchError:
+        return None
+
+
+def decode_record(data: bytes, kind: type[Record], where: str) -> Record:
+    """Decode one of our JSON records strictly.
+
+    Raises:
+        MismatchError: the format version is unknown, or a field is missing, unknown or of the wrong type.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if version not in (None, FORMAT_VERSION):
+            raise MismatchError(f"{where} has format version {version}; this distill-pipe reads version "
+                                f"{FORMAT_VERSION}. Install a newer one.")
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MismatchError(f"{where} cannot be read: {error}") from error
+
+
+class _Version(Struct):
+    format_version: int | None = None

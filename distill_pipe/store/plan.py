@@ -1,0 +1,90 @@
+"""The frozen plan: which prompts make up which shard, with the prompts themselves.
+
+A plan file is Parquet with one row group per shard, so a worker fetches exactly its own prompts and the run no longer
+depends on the corpus file. The price is one compressed copy of the corpus text in the dataset; next to hidden states
+it is nothing. Shard i holds ordinals `[i * n, (i + 1) * n)` at any number of workers.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill_pipe.errors import MismatchError
+from distill_pipe.store.manifest import Run
+from distill_pipe.store.root import LocalRoot
+
+SHARDS_PER_PART = 1000
+_SCHEMA = pa.schema([("ordinal", pa.int64()), ("prompt_id", pa.string()), ("domain", pa.string()),
+                     ("messages", pa.string())])
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation. Roles are `system`, `user`, `assistant`, `tool`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPrompt:
+    """One prompt of the plan: an ordinal, the caller's id, and the conversation.
+
+    `messages` of a single turn with role `text` is a plain prompt that no chat template is applied to.
+    """
+
+    ordinal: int
+    prompt_id: str
+    domain: str | None
+    messages: tuple[Message, ...]
+
+
+def write_plan_part(path: Path, shards: Iterable[Sequence[PlannedPrompt]]) -> None:
+    """Write one plan file, a row group per shard."""
+    encoder = msgspec.json.Encoder()
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        for prompts in shards:
+            columns = [[p.ordinal for p in prompts], [p.prompt_id for p in prompts], [p.domain for p in prompts],
+                       [encoder.encode(p.messages).decode() for p in prompts]]
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), row_group_size=len(prompts))
+
+
+def num_shards(run: Run) -> int:
+    """How many shards the run's prompts make."""
+    return -(-run.spec.corpus.prompts // run.spec.prompts_per_shard)
+
+
+def read_planned_shard(root: LocalRoot, run: Run, shard: int) -> list[PlannedPrompt]:
+    """The prompts of one shard, in ordinal order.
+
+    Raises:
+        MismatchError: the plan file is missing, damaged, or holds other ordinals than the shard's.
+    """
+    part = run.plan[shard // SHARDS_PER_PART]
+    try:
+        with pq.ParquetFile(root.local(part.name), page_checksum_verification=True) as file:
+            table = file.read_row_group(shard % SHARDS_PER_PART)
+    except (OSError, pa.ArrowException, IndexError) as error:
+        raise MismatchError(f"{root}/{part.name} cannot be read: {error}; the plan is part of the dataset and must be "
+                            "restored from a copy") from error
+    prompts = list(_prompts(table))
+    first, stop = shard_range(run, shard)
+    if [p.ordinal for p in prompts] != list(range(first, stop)):
+        raise MismatchError(f"{root}/{part.name}: shard {shard} does not hold prompts {first} to {stop - 1}")
+    return prompts
+
+
+def shard_range(run: Run, shard: int) -> tuple[int, int]:
+    """First ordinal of a shard, and the one after its last."""
+    first = shard * run.spec.prompts_per_shard
+    return first, min(first + run.spec.prompts_per_shard, run.spec.corpus.prompts)
+
+
+def _prompts(table: pa.Table) -> Iterator[PlannedPrompt]:
+    decoder = msgspec.json.Decoder(tuple[Message, ...])
+    for row in table.to_pylist():
+        yield PlannedPrompt(row["ordinal"], row["prompt_id"], row["domain"], decoder.decode(row["messages"]))

@@ -1,0 +1,144 @@
+"""Where a dataset lives: names below one root, and the two ways a file may appear there.
+
+`publish` puts a file whose name is derived from its content (repeating it is harmless); `create` puts a file at a
+deterministic name only if nothing is there, which for a main shard *is* the commit. Both take a finished scratch file,
+so no reader ever sees a partial one. Local disk only, and slower than it could be: every file and every directory
+entry is fsynced before its name counts as taken.
+"""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill_pipe.errors import StorageFullError, UsageError
+
+SCRATCH = ".tmp"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class LocalRoot:
+    """A dataset in a local (or mounted) directory. Nothing is created before the first write."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        text = os.fspath(path)
+        if "://" in text:
+            raise UsageError(f"{text}: only local folders can be used as a dataset root")
+        self.path = Path(text).absolute()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def local(self, name: str) -> Path:
+        """The path behind `name`, for readers that take a file. Names are relative and stay inside the root."""
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts:
+            raise UsageError(f"{name!r} is not a name inside the dataset")
+        return self.path / name
+
+    def read(self, name: str) -> bytes | None:
+        """The whole file, or None when there is none."""
+        try:
+            return self.local(name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file, or None when there is none."""
+        try:
+            return self.local(name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Every file name below the folder `prefix`, in order."""
+        base = self.local(prefix)
+        yield from sorted(str(p.relative_to(self.path)) for p in base.rglob("*") if p.is_file())
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A private folder on the same file system, gone afterwards whatever happens.
+
+        Raises:
+            StorageFullError: the body ran out of room or quota.
+        """
+        folder = self.path / SCRATCH / uuid.uuid4().hex
+        try:
+            _make_folders(folder)
+            yield folder
+        except OSError as error:
+            if error.errno in _FULL:
+                raise StorageFullError(f"{self.path}: {os.strerror(error.errno or 0)}; free some room, then run the "
+                                       "same command again") from error
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, source: Path, name: str) -> None:
+        """Put `source` at a content-derived name; the same name always means the same bytes."""
+        target = self._ready(source, name)
+        os.replace(source, target)
+        _sync_folder(target.parent)
+
+    def create(self, source: Path, name: str) -> bool:
+        """Put `source` at `name` unless something is there. True when this call made the file."""
+        target = self._ready(source, name)
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return False
+        _sync_folder(target.parent)
+        return True
+
+    def create_bytes(self, data: bytes, name: str) -> bool:
+        """`create` for a small file held in memory."""
+        with self.scratch() as folder:
+            source = folder / "part"
+            source.write_bytes(data)
+            return self.create(source, name)
+
+    def publish_bytes(self, data: bytes, name: str) -> None:
+        """`publish` for a small file that can be derived again from the rest of the dataset."""
+        with self.scratch() as folder:
+            source = folder / "part"
+            source.write_bytes(data)
+            self.publish(source, name)
+
+    def is_empty(self) -> bool:
+        """True when the root does not exist or holds nothing."""
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+
+    def free_bytes(self) -> int:
+        """Room left on the file system that holds, or will hold, the root."""
+        folder = self.path
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def _ready(self, source: Path, name: str) -> Path:
+        with open(source, "rb") as file:
+            os.fsync(file.fileno())
+        target = self.local(name)
+        _make_folders(target.parent)
+        return target
+
+
+def _make_folders(folder: Path) -> None:
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

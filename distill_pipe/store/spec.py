@@ -1,0 +1,124 @@
+"""What a dataset *is*: every setting that changes its bytes, and the fingerprint over them.
+
+Identity and resources are kept apart. What is in `RunSpec` is hashed, frozen into run.json and compared on resume;
+GPUs, workers, paths and addresses appear nowhere in it. The trade-off: a setting that only *might* change bytes (the
+engine's version, its context length) counts as identity, so an upgrade in the middle of a run is refused rather than
+mixed in silently.
+"""
+
+import hashlib
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+FORMAT_VERSION = 1
+
+Responses = Literal["target", "corpus"]
+HiddenCodec = Literal["bf16", "bf16-split", "f32"]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class TargetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The target model. `revision` is a hub commit, or `sha256:<digest>` over a local folder's weights."""
+
+    name: str
+    revision: str
+    architecture: str
+    dtype: str
+    vocab_size: Annotated[int, Meta(ge=1)]
+    hidden_size: Annotated[int, Meta(ge=1)]
+    num_layers: Annotated[int, Meta(ge=1)]
+    final_norm_eps: float | None = None
+    tokenizer_sha256: Sha256
+    chat_template_sha256: Sha256 | None = None
+
+
+class CorpusFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One corpus file, by content: its path is not part of the identity."""
+
+    name: str
+    sha256: Sha256
+
+
+class CorpusSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The corpus files in the order given, and how many prompts were taken from them."""
+
+    files: tuple[CorpusFile, ...]
+    prompts: Annotated[int, Meta(ge=1)]
+
+
+class SamplingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the target writes its responses. `max_tokens` counts response tokens."""
+
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    max_tokens: Annotated[int, Meta(ge=1)] = 1024
+    seed: int = 0
+
+
+class CaptureSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is kept of the target at each supervised position.
+
+    `layers` are canonical: n is the residual stream after n decoder layers, 0 the embeddings, N the state before the
+    final norm. `logprob_grid` is the step, in nats, that stored log-probabilities are rounded to; 0 keeps float32.
+    """
+
+    top_k: Annotated[int, Meta(ge=1)] = 32
+    tail_samples: Annotated[int, Meta(ge=0)] = 8
+    layers: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    hidden_codec: HiddenCodec = "bf16-split"
+    logprob_grid: Annotated[float, Meta(ge=0, le=1)] = 1 / 32
+
+
+class EngineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The engine that ran the target; its numerics differ by version."""
+
+    name: str
+    version: str
+    max_model_len: Annotated[int, Meta(ge=2)]
+
+
+class RunSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides the bytes of a dataset."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    target: TargetSpec
+    corpus: CorpusSpec
+    responses: Responses
+    sampling: SamplingSpec | None
+    capture: CaptureSpec
+    engine: EngineSpec
+    prompts_per_shard: Annotated[int, Meta(ge=1)]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the canonical JSON (sorted keys, no spaces) of the whole spec."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+def spec_differences(stored: RunSpec, given: RunSpec) -> list[str]:
+    """One line per differing field, `path: stored X, given Y`."""
+    old, new = _flatten(stored), _flatten(given)
+    return [f"{path}: stored {old.get(path)!r}, given {new.get(path)!r}" for path in sorted(old | new)
+            if old.get(path) != new.get(path)]
+
+
+def canonical_name(name: str) -> str:
+    """A name that is safe in text and file names: what is not a letter, digit, dot, dash or underscore becomes '-'."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+
+
+def _flatten(value: object, path: str = "") -> dict[str, object]:
+    plain = msgspec.to_builtins(value)
+    if isinstance(plain, dict):
+        pairs = [(str(k), v) for k, v in plain.items()]
+    elif isinstance(plain, (list, tuple)) and any(isinstance(item, dict) for item in plain):
+        pairs = [(str(i), v) for i, v in enumerate(plain)]
+    else:
+        return {path: plain}
+    flat: dict[str, object] = {}
+    for key, item in pairs:
+        flat |= _flatten(item, f"{path}.{key}" if path else key)
+    return flat

@@ -1,0 +1,114 @@
+"""Is a dataset whole and undamaged? Reads everything once, repairs nothing.
+
+Checks, per shard: size and sha256 of every file against the fragment, page checksums, the footer's place in the plan,
+the invariants of each trace, and the sidecar's rows; over the dataset: that every prompt of the plan appears exactly
+once, in `data/` or in `_quarantine/`. The price is one full read of the dataset.
+"""
+
+from collections.abc import Iterator
+
+from msgspec import Struct
+
+from distill_pipe.errors import DistillPipeError, MismatchError
+from distill_pipe.store.commit import HIDDEN, QUARANTINE, adopt_shard, committed_shards
+from distill_pipe.store.manifest import FileRef, Fragment, Run, require_run
+from distill_pipe.store.plan import num_shards, shard_range
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.shard import (read_shard_info, read_sidecar_info, read_table, sha256_of, traces_from_tables)
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """What `verify` found. `problems` names file and cause; `missing_prompts` counts ordinals found nowhere."""
+
+    root: str
+    shards: int
+    shards_found: int
+    prompts: int
+    traces: int
+    quarantined: int
+    rows: int
+    tokens: int
+    missing_prompts: int
+    doubled_prompts: int
+    orphans: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        return not self.problems and self.missing_prompts == 0 and self.doubled_prompts == 0
+
+
+def verify(root: LocalRoot) -> Report:
+    """Read the whole dataset and report.
+
+    Raises:
+        MismatchError: there is no dataset, or it is of another format version.
+    """
+    run = require_run(root)
+    found = committed_shards(root)
+    seen: dict[int, int] = {}
+    problems = list(_plan_problems(root, run))
+    totals = [0, 0, 0, 0]
+    referenced: set[str] = set()
+    for shard in sorted(found):
+        try:
+            fragment, traced, given_up = _verify_shard(root, run, shard)
+        except (DistillPipeError, OSError) as error:
+            problems.append(str(error))
+            continue
+        for ordinal in traced + given_up:
+            seen[ordinal] = seen.get(ordinal, 0) + 1
+        info = fragment.info
+        totals = [a + b for a, b in zip(totals, (len(traced), len(given_up), info.rows, info.tokens), strict=True)]
+        referenced |= {ref.name for ref in (info.hidden, info.quarantine) if ref is not None}
+    orphans = tuple(n for folder in (HIDDEN, QUARANTINE) for n in root.names(folder) if n not in referenced)
+    prompts = run.spec.corpus.prompts
+    return Report(root=str(root), shards=num_shards(run), shards_found=len(found), prompts=prompts, traces=totals[0],
+                  quarantined=totals[1], rows=totals[2], tokens=totals[3],
+                  missing_prompts=sum(o not in seen for o in range(prompts)),
+                  doubled_prompts=sum(n > 1 for n in seen.values()), orphans=orphans, problems=tuple(problems))
+
+
+def _plan_problems(root: LocalRoot, run: Run) -> Iterator[str]:
+    for ref in (*run.plan, *([run.final_norm] if run.final_norm else [])):
+        try:
+            _check_file(root, ref)
+        except DistillPipeError as error:
+            yield str(error)
+
+
+def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list[int], list[int]]:
+    if shard >= num_shards(run):
+        raise MismatchError(f"shard {shard} is not in the plan, which ends at shard {num_shards(run) - 1}")
+    fragment = adopt_shard(root, run, shard)
+    path = root.local(fragment.file.name)
+    _check_file(root, fragment.file)
+    if read_shard_info(path) != fragment.info:
+        raise MismatchError(f"{path}: its footer and its fragment disagree")
+    main = read_table(path)
+    hidden, sidecar = None, None
+    if fragment.info.hidden is not None:
+        _check_file(root, fragment.info.hidden)
+        hidden_path = root.local(fragment.info.hidden.name)
+        hidden, sidecar = read_table(hidden_path), read_sidecar_info(hidden_path)
+    traced = []
+    for trace in traces_from_tables(main, hidden, sidecar):
+        traced.append(trace.ordinal)
+    given_up: list[int] = []
+    if fragment.info.quarantine is not None:
+        _check_file(root, fragment.info.quarantine)
+        given_up = read_table(root.local(fragment.info.quarantine.name))["ordinal"].to_pylist()
+    if sorted(traced + given_up) != list(range(*shard_range(run, shard))):
+        raise MismatchError(f"{path}: its traces and quarantined prompts are not exactly those of its plan")
+    return fragment, traced, given_up
+
+
+def _check_file(root: LocalRoot, ref: FileRef) -> None:
+    path = root.local(ref.name)
+    size = root.size(ref.name)
+    if size is None:
+        raise MismatchError(f"{path} is missing")
+    if size != ref.size:
+        raise MismatchError(f"{path} has {size} bytes, expected {ref.size}")
+    if sha256_of(path) != ref.sha256:
+        raise MismatchError(f"{path} has changed: its sha256 is not the one recorded")
