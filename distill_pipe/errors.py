@@ -6,7 +6,8 @@
     ├── MismatchError           4    the dataset belongs to another run, or is of another format
     ├── StorageFullError        5    no room (or quota) left for a shard; safe to run again
     ├── EngineError             7    no engine could be started, or none is left
-    ├── CaptureError            7    the engine's rows are incomplete or not finite; the shard was not written
+    ├── CaptureError            7    the engine's rows are incomplete or inconsistent; the shard was not written
+    │   └── NotFiniteError      7    a value is NaN or infinite; during a run the prompt is quarantined instead
     └── DamageError             8    `verify`, or a reader, found missing or damaged data
 
 A user's mistake ends in one line on stderr and its code, never in a traceback. The trade-off: the code belongs to the
@@ -55,6 +56,10 @@ class CaptureError(DistillPipeError, RuntimeError):
     """What the engine delivered is not a complete, finite supervision of the prompt."""
 
     exit_code = 7
+
+
+class NotFiniteError(CaptureError):
+    """A captured value is NaN or infinite."""
 
 
 class DamageError(DistillPipeError):

@@ -15,6 +15,7 @@ from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.spec import FORMAT_VERSION, RunSpec, Sha256, spec_differences
 
 RUN = "run.json"
+FINAL_NORM = "target/final_norm.parquet"
 SHARDS_PER_FOLDER = 1000
 Record = TypeVar("Record", bound=Struct)
 Count = Annotated[int, Meta(ge=0)]
@@ -35,7 +36,6 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fingerprint: Sha256
     spec: RunSpec
     plan: tuple[FileRef, ...]
-    final_norm: FileRef | None = None
     created_by: str
     created_at: str
 

@@ -31,9 +31,10 @@ class Message(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class PlannedPrompt:
-    """One prompt of the plan: an ordinal, the caller's id, and the conversation.
+    """One prompt of the plan: an ordinal, the caller's id, and the conversation to render.
 
-    `messages` of a single turn with role `text` is a plain prompt that no chat template is applied to.
+    When the target writes the response, the conversation ends with a user turn; when responses are given, it ends with
+    the assistant's.
     """
 
     ordinal: int

@@ -107,16 +107,11 @@ class LocalRoot:
             source.write_bytes(data)
             self.publish(source, name)
 
-    def is_empty(self) -> bool:
-        """True when the root does not exist or holds nothing."""
-        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
-
-    def free_bytes(self) -> int:
-        """Room left on the file system that holds, or will hold, the root."""
-        folder = self.path
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+    def is_unused(self) -> bool:
+        """True when nothing is there but, at most, what a run that died before it was frozen left behind."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {SCRATCH, "plan"}
 
     def _ready(self, source: Path, name: str) -> Path:
         with open(source, "rb") as file:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_pipe.errors import CaptureError
+from distill_pipe.errors import CaptureError, NotFiniteError
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -32,6 +32,7 @@ class Trace:
 
     Raises:
         CaptureError: a shape, an order or a value cannot be right.
+        NotFiniteError: a value is NaN or infinite.
     """
 
     ordinal: int
@@ -95,8 +96,8 @@ class Trace:
         for name in ("logsumexp_R", "tail_mass_R", "next_logprob_R", "topk_logprobs_N", "tail_logprobs_N"):
             bad = ~np.isfinite(getattr(self, name))
             if bad.any():
-                raise CaptureError(f"prompt {self.ordinal}: {bad.sum()} values of {name} are not finite, "
-                                   f"the first at entry {int(np.flatnonzero(bad)[0])}")
+                raise NotFiniteError(f"prompt {self.ordinal}: {bad.sum()} values of {name} are not finite, "
+                                     f"the first at entry {int(np.flatnonzero(bad)[0])}")
         if ((self.tail_mass_R < 0) | (self.tail_mass_R > 1)).any():
             raise CaptureError(f"prompt {self.ordinal}: a tail mass lies outside [0, 1]")
         if (self.topk_counts_R < 1).any():
@@ -112,8 +113,8 @@ class Trace:
         for layer, hidden_TH in self.hidden.items():
             bad_rows = nonfinite_rows(hidden_TH)
             if len(bad_rows):
-                raise CaptureError(f"prompt {self.ordinal}: layer {layer} is not finite at {len(bad_rows)} positions, "
-                                   f"the first at position {bad_rows[0]}")
+                raise NotFiniteError(f"prompt {self.ordinal}: layer {layer} is not finite at {len(bad_rows)} positions, "
+                                     f"the first at position {bad_rows[0]}")
 
 
 def nonfinite_rows(hidden_TH: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.int64]:

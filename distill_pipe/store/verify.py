@@ -70,7 +70,7 @@ def verify(root: LocalRoot) -> Report:
 
 
 def _plan_problems(root: LocalRoot, run: Run) -> Iterator[str]:
-    for ref in (*run.plan, *([run.final_norm] if run.final_norm else [])):
+    for ref in run.plan:
         try:
             _check_file(root, ref)
         except DistillPipeError as error:

@@ -1,0 +1,255 @@
+"""The command line: parse, call, print. Facts go to stdout, progress and errors to stderr; see `errors` for exit codes.
+
+Commands import what they need when they run, so that `status` and `verify` work without an engine or torch installed.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from distill_pipe.errors import DamageError, DistillPipeError, UsageError
+from distill_pipe.store.inspect import InspectedToken, inspect_trace
+from distill_pipe.store.plan import num_shards
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.status import status as read_status
+from distill_pipe.store.verify import verify as verify_dataset
+
+if TYPE_CHECKING:
+    from distill_pipe.produce.job import Job
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Offline target distillation for speculative decoding.")
+
+Root = Annotated[Path, typer.Argument(help="The dataset's folder.", metavar="DIR")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+class Responses(StrEnum):
+    target = "target"
+    corpus = "corpus"
+
+
+class HiddenCodecs(StrEnum):
+    bf16 = "bf16"
+    bf16_split = "bf16-split"
+    f32 = "f32"
+
+
+class Losses(StrEnum):
+    kl = "kl"
+    tv = "tv"
+    lk_alpha = "lk-alpha"
+    lk_hybrid = "lk-hybrid"
+
+
+class Arch(StrEnum):
+    eagle3 = "eagle3"
+
+
+@app.command()
+def generate(  # noqa: PLR0913 - one option per setting that people change most; the rest is --set
+    target: Annotated[str | None, typer.Option(help="A known target, a local folder, or a hub id.")] = None,
+    corpus: Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet; may be repeated.")] = None,
+    out: Annotated[str | None, typer.Option(help="The dataset's folder; an existing run is continued.")] = None,
+    responses: Annotated[Responses | None, typer.Option(help="Who writes the responses: target (default) or corpus."
+                                                        )] = None,
+    top_k: Annotated[int | None, typer.Option(help="Head entries per row [32].")] = None,
+    tail_samples: Annotated[int | None, typer.Option(help="Samples of the tail per row [8].")] = None,
+    layers: Annotated[str | None, typer.Option(help="Hidden states to keep, e.g. 2,15,27,30; 'none' for none.")] = None,
+    hidden_codec: Annotated[HiddenCodecs | None, typer.Option(help="How hidden states are stored [bf16-split]."
+                                                              )] = None,
+    workers: Annotated[int | None, typer.Option(help="Engines to run [1].")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take only the first N prompts.")] = None,
+    job: Annotated[Path | None, typer.Option(help="A job file (YAML); options go over it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting of the job, e.g. sampling.max_tokens=64."
+                                                   )] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a target over a corpus and store what a draft learns from. Continues where an earlier run stopped."""
+    from distill_pipe.produce.job import load_job
+
+    options = {"target": target, "corpus": corpus or None, "out": out, "responses": responses, "limit": limit,
+               "workers": workers, "capture.top_k": top_k, "capture.tail_samples": tail_samples,
+               "capture.layers": _layers(layers), "capture.hidden_codec": hidden_codec}
+    plain = {name: str(v) if isinstance(v, StrEnum) else v for name, v in options.items()}
+    described = load_job(job, set_ or (), plain)
+    if dry_run:
+        from distill_pipe.produce.generate import forecast
+
+        _print_facts(forecast(described), as_json)
+        return
+    _generate(described, as_json)
+
+
+@app.command()
+def status(root: Root, as_json: Json = False) -> None:
+    """How far a run is. Needs no engine and no Ray."""
+    _print_facts(read_status(LocalRoot(root)), as_json)
+
+
+@app.command()
+def verify(root: Root, as_json: Json = False) -> None:
+    """Read a whole dataset and check it: hashes, checksums, invariants, and every prompt exactly once."""
+    report = verify_dataset(LocalRoot(root))
+    _print_facts(report, as_json)
+    if not report.clean:
+        raise DamageError(f"{root}: {len(report.problems)} problems, {report.missing_prompts} prompts missing, "
+                          f"{report.doubled_prompts} doubled")
+
+
+@app.command()
+def inspect(
+    root: Root,
+    trace: Annotated[int, typer.Option(help="The prompt's ordinal.")] = 0,
+    tokenizer: Annotated[str | None, typer.Option(help="Where to find the tokenizer, when not at the target's name."
+                                                  )] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Head entries to show per row.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show one trace: tokens, loss mask, the target's likeliest next tokens, and the mass outside the head."""
+    rows, run = inspect_trace(LocalRoot(root), trace, candidates)
+    if as_json:
+        sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
+        return
+    _print_trace(rows, _decoder(tokenizer or run.spec.target.name), trace)
+
+
+@app.command()
+def train(  # noqa: PLR0913 - one option per setting of a small reference trainer
+    root: Root,
+    arch: Annotated[Arch, typer.Option(help="The draft's architecture.")] = Arch.eagle3,
+    loss: Annotated[Losses, typer.Option(help="The objective.")] = Losses.lk_hybrid,
+    target: Annotated[str | None, typer.Option(help="The target's folder, when its name does not lead there.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    lr: Annotated[float, typer.Option(min=0)] = 1e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to save the draft.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small reference draft from the shards, and print its held-out acceptance rate before and after."""
+    from distill_pipe.consume.train import train as run_training
+    from distill_pipe.produce.targets import resolve_target
+    from distill_pipe.store.manifest import require_run
+
+    store = LocalRoot(root)
+    folder = resolve_target(target or require_run(store).spec.target.name).folder
+    result = run_training(store, folder, arch=arch.value, loss=loss.value, epochs=epochs, lr=lr, seed=seed, out=out,
+                          on_step=_train_line)
+    _print_facts(result, as_json)
+
+
+def main() -> None:
+    """The console script: failures of ours end in one message and their exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except DistillPipeError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+
+
+def _generate(job: "Job", as_json: bool) -> None:
+    from distill_pipe.produce.generate import generate as run_job
+    from distill_pipe.produce.progress import RunMeter
+
+    meter = RunMeter(Console(stderr=True))
+    with ExitStack() as stack:
+        try:
+            run = run_job(job, lambda run, left: stack.enter_context(meter.running(run, left)), meter.update)
+        except KeyboardInterrupt:
+            stack.close()
+            _say("interrupted; the same command continues the run")
+            raise typer.Exit(130) from None
+    store = LocalRoot(job.out)
+    facts = read_status(store)
+    if as_json:
+        _print_facts(facts, as_json)
+        return
+    per_token = facts.bytes / max(facts.tokens, 1)
+    _say(f"{job.out}: {facts.traces} traces, {facts.rows} rows, {facts.tokens} tokens, {per_token:,.0f} bytes per token"
+         f", {facts.quarantined} prompts quarantined; {len(meter.shards)} of {num_shards(run)} shards made by this "
+         f"call in {meter.seconds:,.0f} s")
+
+
+def _print_facts(facts: msgspec.Struct, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
+        return
+    table = Table(show_header=False, box=None)
+    for name in facts.__struct_fields__:
+        value = getattr(facts, name)
+        if isinstance(value, tuple):
+            value = ", ".join(map(str, value)) or "none"
+        elif isinstance(value, float):
+            value = f"{value:,.4g}"
+        elif value is None:
+            value = "-"
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table, highlight=False, markup=False)
+
+
+def _print_trace(rows: Sequence[InspectedToken], decode: Callable[[int], str], ordinal: int) -> None:
+    table = Table(title=f"trace {ordinal}")
+    for column in ("position", "token", "supervised", "likeliest next tokens", "tail mass"):
+        table.add_column(column, justify="right" if column in ("position", "tail mass") else "left")
+    for row in rows:
+        likely = "  ".join(f"{decode(token)} {p:.3f}" for token, p in row.candidates)
+        table.add_row(str(row.position), decode(row.token_id), "yes" if row.supervised else "", likely,
+                      "" if row.tail_mass is None else f"{row.tail_mass:.3f}")
+    Console().print(table, highlight=False, markup=False)
+
+
+def _decoder(target: str) -> Callable[[int], str]:
+    """Token ids as visible text; as plain ids when the target's tokenizer cannot be had."""
+    try:
+        from distill_pipe.produce.targets import resolve_target
+
+        folder = resolve_target(target).folder
+        from transformers import AutoTokenizer
+    except (UsageError, ImportError) as error:
+        _say(f"token ids are shown as numbers: {error}")
+        return str
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda token: _visible(tokenizer.decode([token]))
+
+
+def _visible(text: str) -> str:
+    """Text from a model with control characters escaped, so that it cannot steer the terminal."""
+    return repr(text)[1:-1]
+
+
+def _layers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if text.strip() == "none":
+        return []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--layers {text}: write numbers with commas, for example 2,15,27,30, or none") from None
+
+
+def _train_line(step: int, steps: int, loss: float, alpha: float) -> None:
+    if step == steps or step % max(steps // 10, 1) == 0:
+        _say(f"step {step}/{steps}: loss {loss:.4f}, training alpha {alpha:.4f}")
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    _say("terminated; the same command continues the run")
+    sys.exit(143)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""Reference drafts: small enough to read, and what `train` fits. They need torch and safetensors."""

@@ -1,0 +1,176 @@
+"""Engines on Ray: the one file that imports ray. Placement, retry, and who works on which shard.
+
+Plain actors and a small pull scheduler of our own. Ray runs things at least once and may run them twice; that is
+harmless, because a commit is create-if-absent. All state is in the store: a driver that dies is started again and
+finds what is left by listing. Nothing large passes through Ray.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distill_pipe.errors import CaptureError, DistillPipeError, EngineError, MismatchError, StorageFullError
+from distill_pipe.produce.engine import EngineResources
+from distill_pipe.produce.worker import Progress
+from distill_pipe.store.manifest import Run
+from distill_pipe.store.root import LocalRoot
+
+SHARDS_IN_FLIGHT = 2
+POLL_SECONDS = 1.0
+DEATHS_WITHOUT_PROGRESS = 3
+_OBJECT_STORE_BYTES = 100 << 20
+_SHARD_ERRORS = {e.__name__: e for e in (CaptureError, MismatchError, StorageFullError)}
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterPlan:
+    """Where the work runs. `address` None starts Ray on this machine."""
+
+    model: str
+    revision: str | None
+    folder: Path
+    workers: int
+    address: str | None
+    max_num_seqs: int
+
+
+class _Replica:
+    """The actor: one engine and the shards given to it."""
+
+    def __init__(self, plan: ClusterPlan, run: bytes, root: str, resources: EngineResources) -> None:
+        from distill_pipe.produce.chat import Renderer
+        from distill_pipe.produce.vllm_engine import VllmEngine
+        from distill_pipe.produce.worker import ShardWorker
+
+        record, store = msgspec.json.decode(run, type=Run), LocalRoot(root)
+        renderer = Renderer(plan.model, plan.revision)
+        engine = VllmEngine(plan.model, plan.revision, record, store, resources)
+        self._worker = ShardWorker(engine, renderer, store, record)
+
+    def advance(self, shards: list[int], seconds: float) -> Progress:
+        return self._worker.advance(shards, seconds)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place for an engine: its actor, what it is working on, and how often it died without finishing a shard."""
+
+    index: int
+    actor: Any = None
+    call: Any = None
+    shards: set[int] = field(default_factory=set)
+    deaths: int = 0
+
+
+def run_on_ray(plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int],
+               on_progress: Callable[[Progress], None]) -> None:
+    """Run every shard in `todo` and report as they finish.
+
+    Raises:
+        EngineError: no engine can be started, or engines keep dying.
+        CaptureError, MismatchError, StorageFullError: a shard could not be captured or committed.
+    """
+    import ray
+
+    _start_ray(ray, plan)
+    slots = [_Slot(i) for i in range(plan.workers)]
+    try:
+        while todo or any(slot.shards for slot in slots):
+            for slot in slots:
+                _feed(ray, slot, plan, run, root, todo)
+            calls = {slot.call: slot for slot in slots if slot.call is not None}
+            ready, _ = ray.wait(list(calls), num_returns=1)
+            _collect(ray, calls[ready[0]], todo, on_progress)
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(ray: Any, plan: ClusterPlan) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would otherwise hold an accelerator back from actors that ask for none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = {} if plan.address else {"num_cpus": max(plan.workers, os.cpu_count() or 1), "include_dashboard": False,
+                                     "object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=plan.address or "local", log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(f"Ray cannot be reached at {plan.address or 'this machine'}: {error}") from error
+
+
+def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int]) -> None:
+    """Give a slot shards up to its share, and let it run on when it is not already running."""
+    if slot.call is not None or not (todo or slot.shards):
+        return
+    if slot.actor is None:
+        slot.actor = _start_replica(ray, slot, plan, run, root)
+    fresh = []
+    while todo and len(slot.shards) < SHARDS_IN_FLIGHT:
+        fresh.append(todo.popleft())
+        slot.shards.add(fresh[-1])
+    if slot.shards:
+        slot.call = slot.actor.advance.remote(fresh, POLL_SECONDS)
+
+
+def _start_replica(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    cores = None if gpus or plan.address else _cores(slot.index, plan.workers)
+    resources = EngineResources(max_num_seqs=plan.max_num_seqs, cpu_cores=cores)
+    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Replica)
+    return actor.remote(plan, msgspec.json.encode(run), str(root), resources)
+
+
+def _cores(index: int, workers: int) -> str:
+    """The slice of this machine's cores for one of several local engines: two thread teams on one core collapse."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // workers, 1)
+    mine = cores[index * share % len(cores):][:share]
+    return ",".join(map(str, mine))
+
+
+def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Progress], None]) -> None:
+    """Take a finished call's result; a dead engine gives its shards back."""
+    call, slot.call = slot.call, None
+    try:
+        progress: Progress = ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.as_instanceof_cause()
+        if not isinstance(cause, EngineError):
+            raise _plain(cause) from error
+        _lose(ray, slot, todo, cause)
+        return
+    except ray.exceptions.RayActorError as error:
+        _lose(ray, slot, todo, error)
+        return
+    for outcome in progress.outcomes:
+        slot.shards.discard(outcome.shard)
+        slot.deaths = 0
+        if outcome.fragment is None:
+            kind = _SHARD_ERRORS.get(outcome.error, DistillPipeError)
+            raise kind(f"shard {outcome.shard}: {outcome.message}")
+    on_progress(progress)
+
+
+def _lose(ray: Any, slot: _Slot, todo: deque[int], cause: Exception) -> None:
+    todo.extendleft(sorted(slot.shards, reverse=True))
+    slot.shards.clear()
+    slot.deaths += 1
+    if slot.actor is not None:
+        ray.kill(slot.actor)
+        slot.actor = None
+    if slot.deaths >= DEATHS_WITHOUT_PROGRESS:
+        # Ray's text of a failed start holds a whole traceback; its last line is the cause.
+        reason = ([line.strip() for line in str(cause).splitlines() if line.strip()] or ["unknown"])[-1][:500]
+        raise EngineError(f"the engine died {slot.deaths} times without finishing a shard; the last cause: {reason}")
+
+
+def _plain(cause: BaseException) -> BaseException:
+    """Ray's wrapper carries a remote traceback in its text; the user gets the message of our own error alone."""
+    for kind in type(cause).__mro__:
+        if kind.__module__ == DistillPipeError.__module__:
+            return kind(str(getattr(cause, "cause", cause)))
+    return cause

@@ -1,0 +1,170 @@
+"""The main job: a corpus in, a dataset out. Checks everything before anything is written, and resumes by itself.
+
+The order is: resolve the target, read the corpus once to check and count it, freeze run and plan, then run the shards
+that are not committed. Reading the corpus twice on a fresh run is the price of an untouched disk when it is wrong.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+from msgspec import Struct
+
+import distill_pipe
+from distill_pipe.errors import QuarantineLimitError, UsageError
+from distill_pipe.produce.cluster import ClusterPlan, run_on_ray
+from distill_pipe.produce.corpus import corpus_files, read_prompts
+from distill_pipe.produce.job import Job
+from distill_pipe.produce.targets import Target, resolve_target
+from distill_pipe.produce.vllm_engine import vllm_spec
+from distill_pipe.produce.worker import Progress
+from distill_pipe.store.card import write_card
+from distill_pipe.store.commit import adopt_shard, committed_shards
+from distill_pipe.store.manifest import (RUN, FileRef, Run, encode_record, read_run, require_run,
+                                          require_same_run)
+from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.shard import read_table, sha256_of
+from distill_pipe.store.spec import CaptureSpec, CorpusSpec, RunSpec
+
+# Failures of ours, not of the corpus: beyond this share the run stops, since something general is wrong.
+MAX_FAILED_SHARE = 0.001
+
+
+class Forecast(Struct, frozen=True, kw_only=True):
+    """What a run will do; all that `--dry-run` prints."""
+
+    target: str
+    prompts: int
+    shards: int
+    shards_left: int
+    layers: tuple[int, ...]
+    top_k: int
+    tail_samples: int
+    hidden_bytes_per_token: int
+    fingerprint: str
+
+
+def prepare(job: Job) -> tuple[Target, RunSpec]:
+    """Check a job against its target and corpus; writes nothing.
+
+    Raises:
+        UsageError: naming what to change.
+    """
+    paths = [Path(p) for p in job.corpus]
+    files = corpus_files(paths)
+    target = resolve_target(job.target, job.revision, job.dtype)
+    layers = target.default_layers if job.capture.layers is None else tuple(sorted(set(job.capture.layers)))
+    _check_capture(job, target, layers)
+    length = min(job.max_model_len or target.max_model_len, target.max_model_len)
+    prompts = sum(1 for _ in read_prompts(paths, job.responses, job.limit))
+    if prompts == 0:
+        raise UsageError(f"corpus {', '.join(job.corpus)} holds no records")
+    capture = CaptureSpec(top_k=job.capture.top_k, tail_samples=job.capture.tail_samples, layers=layers,
+                          hidden_codec=job.capture.hidden_codec, logprob_grid=job.capture.logprob_grid)
+    spec = RunSpec(target=target.spec, corpus=CorpusSpec(files=files, prompts=prompts), responses=job.responses,
+                   sampling=job.sampling if job.responses == "target" else None, capture=capture,
+                   engine=vllm_spec(length), prompts_per_shard=job.prompts_per_shard)
+    return target, spec
+
+
+def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callable[[Progress], None]) -> Run:
+    """Run a job to its end; whatever is committed already is kept. `on_start` gets the run and the shards left.
+
+    Raises:
+        DistillPipeError: see `errors`; the dataset stays valid, and the same call continues it.
+    """
+    root = LocalRoot(job.out)
+    target, spec = prepare(job)
+    run = read_run(root) or _freeze(root, spec, job)
+    require_same_run(root, run, spec)
+    write_card(root, run)
+    done = committed_shards(root)
+    for shard in done:
+        adopt_shard(root, run, shard)
+    todo = deque(s for s in range(num_shards(run)) if s not in done)
+    on_start(run, len(todo))
+    failed = 0
+
+    def watch(progress: Progress) -> None:
+        nonlocal failed
+        on_progress(progress)
+        failed += sum(_failures(root, o.fragment.info.quarantine) for o in progress.outcomes if o.fragment)
+        if failed > max(1, MAX_FAILED_SHARE * run.spec.corpus.prompts):
+            raise QuarantineLimitError(f"{failed} prompts failed in the engine or in capture; see {root}/_quarantine")
+
+    if todo:
+        cluster = ClusterPlan(model=target.model, revision=target.revision, folder=target.folder,
+                              workers=min(job.workers, len(todo)), address=job.address, max_num_seqs=job.max_num_seqs)
+        run_on_ray(cluster, run, root, todo, watch)
+    return run
+
+
+def forecast(job: Job) -> Forecast:
+    """What `generate` would do, from the corpus and the model's config alone."""
+    target, spec = prepare(job)
+    root = LocalRoot(job.out)
+    stored = read_run(root)
+    if stored is not None:
+        require_same_run(root, stored, spec)
+    elif not root.is_unused():
+        raise UsageError(_not_ours(root))
+    shards = -(-spec.corpus.prompts // spec.prompts_per_shard)
+    width = 4 if spec.capture.hidden_codec == "f32" else 2
+    return Forecast(target=target.spec.name, prompts=spec.corpus.prompts, shards=shards,
+                    shards_left=shards - (len(committed_shards(root)) if stored else 0), layers=spec.capture.layers,
+                    top_k=spec.capture.top_k, tail_samples=spec.capture.tail_samples,
+                    hidden_bytes_per_token=width * spec.target.hidden_size * len(spec.capture.layers),
+                    fingerprint=spec.fingerprint)
+
+
+def _check_capture(job: Job, target: Target, layers: tuple[int, ...]) -> None:
+    vocab, depth = target.spec.vocab_size, target.spec.num_layers
+    if job.capture.top_k > vocab:
+        raise UsageError(f"--top-k {job.capture.top_k} is more than the {vocab} tokens of {job.target}'s vocabulary")
+    if layers and layers[-1] > depth:
+        raise UsageError(f"layer {layers[-1]} is out of range: {job.target} has layers 0 (embeddings) to {depth} "
+                         "(before the final norm)")
+    if job.max_model_len is not None and job.max_model_len > target.max_model_len:
+        raise UsageError(f"max_model_len {job.max_model_len} is more than the {target.max_model_len} tokens that "
+                         f"{job.target} can take")
+
+
+def _freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
+    """Write plan, run.json and card of a new run; the plan's names hold its content, so a repeat is harmless."""
+    if not root.is_unused():
+        raise UsageError(_not_ours(root))
+    with root.scratch() as folder:
+        plan = []
+        for number, shards in enumerate(_parts(spec, job)):
+            path = folder / f"part-{number}"
+            write_plan_part(path, shards)
+            digest = sha256_of(path)
+            ref = FileRef(name=f"plan/part-{number:03d}-{digest[:8]}.parquet", sha256=digest, size=path.stat().st_size)
+            root.publish(path, ref.name)
+            plan.append(ref)
+    run = Run(fingerprint=spec.fingerprint, spec=spec, plan=tuple(plan),
+              created_by=f"distill-pipe {distill_pipe.__version__}", created_at=datetime.now(UTC).isoformat("T", "seconds"))
+    root.create_bytes(encode_record(run), RUN)
+    return require_run(root)
+
+
+def _parts(spec: RunSpec, job: Job) -> Iterator[Iterator[list[PlannedPrompt]]]:
+    prompts = read_prompts([Path(p) for p in job.corpus], job.responses, job.limit)
+    shards = -(-spec.corpus.prompts // spec.prompts_per_shard)
+    for first in range(0, shards, SHARDS_PER_PART):
+        count = min(SHARDS_PER_PART, shards - first)
+        yield (list(islice(prompts, spec.prompts_per_shard)) for _ in range(count))
+
+
+def _failures(root: LocalRoot, quarantine: FileRef | None) -> int:
+    if quarantine is None:
+        return 0
+    codes = read_table(root.local(quarantine.name))["code"].to_pylist()
+    return sum(code in ("engine", "not_finite") for code in codes)
+
+
+def _not_ours(root: LocalRoot) -> str:
+    return f"{root} is not empty and is not a distill-pipe dataset; choose another output folder"

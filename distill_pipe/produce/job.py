@@ -1,0 +1,100 @@
+"""One run as its user describes it: a YAML file, `--set a.b=c`, and the options of `generate`, in rising order.
+
+What is identity ends in the dataset's `RunSpec`; the rest (workers, address, paths) may differ at every start.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+
+from distill_pipe.errors import UsageError
+from distill_pipe.store.spec import HiddenCodec, Responses, SamplingSpec
+
+Plain = dict[str, object]
+
+
+class CaptureOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to store per supervised position. `layers` null takes the target's default; [] stores no hidden states."""
+
+    top_k: Annotated[int, Meta(ge=1)] = 32
+    tail_samples: Annotated[int, Meta(ge=0)] = 8
+    layers: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
+    hidden_codec: HiddenCodec = "bf16-split"
+    logprob_grid: Annotated[float, Meta(ge=0, le=1)] = 1 / 32
+
+
+class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A job file. Paths are relative to where the command runs."""
+
+    target: str
+    corpus: tuple[str, ...]
+    out: str
+    responses: Responses = "target"
+    limit: Annotated[int, Meta(ge=1)] | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    max_model_len: Annotated[int, Meta(ge=2)] | None = None
+    sampling: SamplingSpec = SamplingSpec()
+    capture: CaptureOptions = CaptureOptions()
+    prompts_per_shard: Annotated[int, Meta(ge=1)] = 64
+    workers: Annotated[int, Meta(ge=1)] = 1
+    max_num_seqs: Annotated[int, Meta(ge=1)] = 64
+    address: str | None = None
+
+
+def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, object]) -> Job:
+    """The job from a file, then `a.b=c` settings, then options (dotted names; None means not given).
+
+    Raises:
+        UsageError: the file cannot be read, or a value or field is not what a job has.
+    """
+    plain: Plain = {} if file is None else _read(file)
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator or not name:
+            raise UsageError(f"--set {setting}: write it as name=value, for example --set capture.top_k=64")
+        _put(plain, name.strip(), _yaml(value, f"--set {setting}"))
+    for name, value in options.items():
+        if value is not None:
+            _put(plain, name, value)
+    missing = [f"--{name}" for name in ("target", "corpus", "out") if plain.get(name) in (None, (), [])]
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)} (or the same fields in a job file)")
+    if isinstance(plain["corpus"], str):
+        plain["corpus"] = [plain["corpus"]]
+    try:
+        return msgspec.convert(plain, Job)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"the job is not valid: {error}") from None
+
+
+def _read(file: Path) -> Plain:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"job file {file} cannot be read: {error}") from None
+    plain = _yaml(text, f"job file {file}")
+    if not isinstance(plain, dict):
+        raise UsageError(f"job file {file} is not a mapping of names to values")
+    return plain
+
+
+def _yaml(text: str, where: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _put(plain: Plain, name: str, value: object) -> None:
+    *groups, leaf = name.split(".")
+    for group in groups:
+        inner = plain.setdefault(group, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"{name}: {group} is not a group of settings")
+        plain = inner
+    plain[leaf] = value

