@@ -106,7 +106,7 @@ def whole(target_RV: Tensor) -> SparseTarget:
 
 
 def assert_close_gradients(found_RV: Tensor, expected_RV: Tensor) -> None:
-    """Row by row, relative to the row's own size, so that a small but living gradient is checked as hard as a big one."""
+    """Row by row, relative to the row's own size, so that a small gradient is checked as hard as a big one."""
     error_R = (found_RV.double() - expected_RV).norm(dim=1)
     assert (error_R <= 2e-4 * expected_RV.norm(dim=1) + 1e-30).all(), error_R / expected_RV.norm(dim=1)
 
@@ -162,7 +162,7 @@ def test_identical_rows_accept_everything_and_have_no_divergence(tail: str) -> N
 @pytest.mark.parametrize("tail", RULES)
 def test_disjoint_rows_over_a_large_vocabulary_have_a_live_gradient(tail: str) -> None:
     vocab = 262_144
-    # The target gives the draft's tokens even less than the draft gives the target's: nearly all of alpha is q of token 5.
+    # The target gives the draft's tokens even less than the draft gives token 5, so that nearly all of alpha is q_5.
     target_RV, draft_RV = torch.full((2, vocab), -40.0), torch.zeros(2, vocab)
     target_RV[:, 5], draft_RV[:, 7] = 40, 60
     target_RV[1, 100], draft_RV[1, 200_000] = 39, 61
@@ -237,8 +237,8 @@ def test_rows_of_weight_zero_count_for_nothing_whatever_they_hold(name: str, tai
     blank = SparseTarget(torch.full((2, 8), -1), torch.full((2, 8), -math.inf), torch.zeros(2),
                          torch.full((2, 4), -1), torch.full((2, 4), -math.inf), target.vocab_size)
     weights_R = torch.tensor([1.0, 2, 3, 4, 5, 6, 0, 0])
-    output, grad_RV = run(name, torch.cat([draft_RV, logits(2, 40, 0, 50)]), SparseTarget.cat([target, blank]), tail=tail,
-                          weights_R=weights_R)
+    output, grad_RV = run(name, torch.cat([draft_RV, logits(2, 40, 0, 50)]), SparseTarget.cat([target, blank]),
+                          tail=tail, weights_R=weights_R)
     kept, kept_grad_RV = run(name, draft_RV, target, tail=tail, weights_R=weights_R[:6])
     assert torch.allclose(output.loss, kept.loss)
     assert torch.allclose(grad_RV[:6], kept_grad_RV)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from distill_pipe.consume.drafts.eagle3 import Eagle3Draft, drafted_rows, read_config
 from distill_pipe.consume.losses import LossOutput, TailRule, kl_loss, lk_alpha_loss, lk_hybrid_loss, tv_loss
-from distill_pipe.consume.reader import ShardReader
+from distill_pipe.consume.reader import Batch, ShardReader, Split
 from distill_pipe.consume.sparse import SparseTarget
 from distill_pipe.errors import UsageError
-from distill_pipe.store.manifest import Run
+from distill_pipe.store.manifest import Run, require_run
+from distill_pipe.store.root import LocalRoot
 
 EVALUATION_ROWS = 512
 
@@ -33,6 +34,17 @@ class LossFunction(Protocol):
     """The four losses, seen from the loop."""
 
     def __call__(self, draft_logits_RV: Tensor, target: SparseTarget, *, tail: TailRule) -> LossOutput: ...
+
+
+class Draft(Protocol):
+    """What evaluation needs of a draft: states by token index, and logits of some of them."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+    def logits(self, states_RH: Tensor) -> Tensor: ...
 
 
 LOSSES: dict[str, LossFunction] = {"kl": kl_loss, "tv": tv_loss, "lk-alpha": lk_alpha_loss, "lk-hybrid": lk_hybrid_loss}
@@ -107,24 +119,24 @@ def train(root: str | os.PathLike[str], target_folder: str | os.PathLike[str], s
     """
     settings = settings or TrainSettings()
     started = time.monotonic()
-    reader = ShardReader(root, split="train", holdout_every=settings.holdout_every)
-    layers = auxiliary_layers(reader.run)
-    draft = _new_draft(reader.run, Path(target_folder), layers, settings).to(device)
-    heldout = ShardReader(root, layers=layers, batch_tokens=settings.batch_tokens, split="heldout",
-                          holdout_every=settings.holdout_every)
-    before = evaluate(draft, heldout, _evaluation_rule(heldout.run, settings))
-    steps = _fit(draft, root, settings, on_step)
-    after = evaluate(draft, heldout, _evaluation_rule(heldout.run, settings))
+    run = require_run(LocalRoot(root))
+    rule: TailRule = "sampled" if run.spec.capture.tail_samples else settings.tail
+    draft = _new_draft(run, Path(target_folder), settings).to(device)
+    heldout = _reader(root, draft, settings, "heldout")
+    before = evaluate(draft, heldout, rule)
+    steps = _fit(draft, _reader(root, draft, settings, "train"), settings, on_step)
+    after = evaluate(draft, heldout, rule)
     if out is not None:
         save_draft(draft, Path(out))
     edge = max(1, len(steps) // 10)
-    return TrainResult(before=before, after=after, layers=layers, steps=len(steps), rows=sum(s.rows for s in steps),
-                       seconds=time.monotonic() - started, loss_first=sum(s.loss for s in steps[:edge]) / edge,
+    return TrainResult(before=before, after=after, layers=draft.layers, steps=len(steps),
+                       rows=sum(s.rows for s in steps), seconds=time.monotonic() - started,
+                       loss_first=sum(s.loss for s in steps[:edge]) / edge,
                        loss_last=sum(s.loss for s in steps[-edge:]) / edge)
 
 
 @torch.no_grad()
-def evaluate(draft: Eagle3Draft, reader: ShardReader, tail: TailRule = "sampled") -> Acceptance:
+def evaluate(draft: Draft, reader: ShardReader, tail: TailRule = "sampled") -> Acceptance:
     """The acceptance rate of a draft's first token over everything that `reader` yields.
 
     Raises:
@@ -159,6 +171,13 @@ def auxiliary_layers(run: Run) -> tuple[int, ...]:
     return tuple(n for n in stored if n != run.spec.target.num_layers) or stored
 
 
+def learning_rate_share(progress: float, warmup: float) -> float:
+    """The learning rate as a share of its peak: linear to 1 at `warmup`, then half a cosine to 0."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) if warmup < 1 else 1.0
+
+
 def save_draft(draft: Eagle3Draft, folder: Path) -> None:
     """Write what was trained; the target's frozen tables are left out."""
     from safetensors.torch import save_file
@@ -170,55 +189,47 @@ def save_draft(draft: Eagle3Draft, folder: Path) -> None:
                                                              "config": draft.config}))
 
 
-def _new_draft(run: Run, folder: Path, layers: tuple[int, ...], settings: TrainSettings) -> Eagle3Draft:
+def _reader(root: str | os.PathLike[str], draft: Eagle3Draft, settings: TrainSettings, split: Split) -> ShardReader:
+    return ShardReader(root, layers=draft.layers, batch_tokens=settings.batch_tokens, seed=settings.seed, split=split,
+                       holdout_every=settings.holdout_every)
+
+
+def _new_draft(run: Run, folder: Path, settings: TrainSettings) -> Eagle3Draft:
     config, target = read_config(folder), run.spec.target
     if (config.hidden_size, config.vocab_size) != (target.hidden_size, target.vocab_size):
         raise UsageError(f"{folder} has hidden size {config.hidden_size} and vocabulary {config.vocab_size}; the "
                          f"dataset's target has {target.hidden_size} and {target.vocab_size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        draft = Eagle3Draft(config, layers, train_head=settings.train_head)
+        draft = Eagle3Draft(config, auxiliary_layers(run), train_head=settings.train_head)
     draft.start_from_target(folder)
     return draft
 
 
-def _fit(draft: Eagle3Draft, root: str | os.PathLike[str], settings: TrainSettings,
+def _fit(draft: Eagle3Draft, reader: ShardReader, settings: TrainSettings,
          on_step: Callable[[Step], None] | None) -> list[Step]:
-    reader = ShardReader(root, layers=draft.layers, batch_tokens=settings.batch_tokens, seed=settings.seed,
-                         split="train", holdout_every=settings.holdout_every)
     trainable = [p for p in draft.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    total = settings.epochs * _num_traces(root, settings)
+    total = settings.epochs * reader.num_traces()
     steps: list[Step] = []
     seen = 0
     for epoch in range(settings.epochs):
         for batch in reader.at_epoch(epoch):
-            batch = batch.to(draft.device)
-            index_R, row_R = drafted_rows(batch)
-            output = LOSSES[settings.loss](draft.logits(draft(batch)[index_R]), batch.target[row_R], tail=settings.tail)
-            optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, settings.clip)
             seen += len(batch.ordinals_B)
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * _schedule(seen / total, settings.warmup)
+                group["lr"] = settings.lr * learning_rate_share(seen / total, settings.warmup)
+            output = _loss(draft, batch.to(draft.device), settings)
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(output.loss)
+            torch.nn.utils.clip_grad_norm_(trainable, settings.clip)
             optimizer.step()
-            steps.append(Step(step=len(steps) + 1, progress=seen / total, rows=len(row_R), loss=output.loss.item(),
-                              alpha=output.alpha.item()))
+            steps.append(Step(step=len(steps) + 1, progress=seen / total, rows=len(output.alpha_R),
+                              loss=output.loss.item(), alpha=output.alpha.item()))
             if on_step is not None:
                 on_step(steps[-1])
     return steps
 
 
-def _num_traces(root, settings):
-    return sum(len(b.ordinals_B) for b in ShardReader(root, split="train", holdout_every=settings.holdout_every))
-
-
-def _schedule(progress: float, warmup: float) -> float:
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
-
-
-def _evaluation_rule(run: Run, settings: TrainSettings) -> TailRule:
-    return "sampled" if run.spec.capture.tail_samples else settings.tail
+def _loss(draft: Eagle3Draft, batch: Batch, settings: TrainSettings) -> LossOutput:
+    index_R, row_R = drafted_rows(batch)
+    return LOSSES[settings.loss](draft.logits(draft(batch)[index_R]), batch.target[row_R], tail=settings.tail)

@@ -13,7 +13,7 @@ supervises position **t+1**:
 are named as in released EAGLE-3 drafts. The trade-off for brevity: attention runs one sequence at a time, which many
 short sequences on a GPU would want fused.
 
-Shapes: T tokens, R rows, L auxiliary layers, H hidden size, N heads, D head size, V vocabulary.
+Shapes: T tokens, B sequences, R rows, H hidden size, N heads, D head size, V vocabulary.
 """
 
 import json
@@ -63,29 +63,38 @@ class DraftConfig(msgspec.Struct, frozen=True):
 
 
 class Eagle3Draft(nn.Module):
-    """Fuses L auxiliary states, runs one decoder layer over them and the next tokens, and shares the target's tables.
+    """Fuses auxiliary states, runs one decoder layer over them and the next tokens, and shares the target's tables.
+
+    Each auxiliary state is normalised before it is fused (`fc_norm`), because layers differ in size by orders of
+    magnitude and single channels stick out by hundreds. The fusion starts as the deepest state alone: what the target
+    is about to say at t is a better start than noise.
 
     Args:
         config: sizes, from the target.
-        layers: canonical layers of the target that are fused, in this order.
+        layers: canonical layers of the target that are fused, shallow to deep.
         train_head: fit `lm_head` too; the embedding is always frozen.
     """
 
     def __init__(self, config: DraftConfig, layers: Sequence[int], *, train_head: bool = False) -> None:
         super().__init__()
         self.config, self.layers = config, tuple(layers)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size).requires_grad_(False)
-        self.fc = nn.Linear(len(self.layers) * config.hidden_size, config.hidden_size, bias=False)
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size).requires_grad_(False)
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(size, config.rms_norm_eps) for _ in self.layers)
+        self.fc = nn.Linear(len(self.layers) * size, size, bias=False)
         self.midlayer = Eagle3Layer(config)
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).requires_grad_(train_head)
+        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.vocab_size, bias=False).requires_grad_(train_head)
+        with torch.no_grad():
+            self.fc.weight.zero_()[:, -size:] = torch.eye(size)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Draft states `[T, H]`; index t is the state that predicts token t+2. Meaningless at a sequence's last token."""
-        next_ids_T = batch.token_ids_T.roll(-1)
-        fused_TH = self.fc(torch.cat([batch.hidden[n].to(self.fc.weight.dtype) for n in self.layers], 1))
-        states_TH = self.midlayer(self.embed_tokens(next_ids_T), fused_TH, batch.position_ids_T, batch.cu_seqlens_B1)
-        return self.norm(states_TH)
+        """Draft states `[T, H]`: index t predicts token t+2. The last two of a sequence are compared with nothing."""
+        embeds_TH = self.embed_tokens(batch.token_ids_T.roll(-1))
+        normed = [norm(batch.hidden[n].to(embeds_TH.dtype)) for n, norm in zip(self.layers, self.fc_norm, strict=True)]
+        fused_TH = self.fc(torch.cat(normed, 1))
+        states_TH: Tensor = self.norm(self.midlayer(embeds_TH, fused_TH, batch.position_ids_T, batch.cu_seqlens_B1))
+        return states_TH
 
     @property
     def device(self) -> torch.device:
@@ -93,22 +102,27 @@ class Eagle3Draft(nn.Module):
 
     def logits(self, states_RH: Tensor) -> Tensor:
         """Logits `[R, V]` of some draft states."""
-        return self.lm_head(states_RH)
+        logits_RV: Tensor = self.lm_head(states_RH)
+        return logits_RV
 
     def start_from_target(self, folder: Path) -> None:
-        """Take over the target's embedding, lm_head (the embedding where they are tied) and final norm."""
-        weights = read_weights(folder, ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"))
-        for name in ("model.embed_tokens.weight", "model.norm.weight"):
-            if name not in weights:
-                raise UsageError(f"{folder} holds no weight named {name}")
-        tied = "lm_head.weight" not in weights
+        """Take over the target's embedding, lm_head (the embedding where they are tied) and final norm.
+
+        Raises:
+            UsageError: the folder lacks the embedding or the norm.
+        """
+        embedding, head, norm = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+        weights = read_weights(folder, (embedding, head, norm))
+        absent = {embedding, norm} - set(weights)
+        if absent:
+            raise UsageError(f"{folder} holds no weight named {' or '.join(sorted(absent))}")
         with torch.no_grad():
-            self.embed_tokens.weight.copy_(weights["model.embed_tokens.weight"])
-            self.norm.weight.copy_(weights["model.norm.weight"])
-            if tied and not self.lm_head.weight.requires_grad:
+            self.embed_tokens.weight.copy_(weights[embedding])
+            self.norm.weight.copy_(weights[norm])
+            if head not in weights and not self.lm_head.weight.requires_grad:
                 self.lm_head.weight = self.embed_tokens.weight
             else:
-                self.lm_head.weight.copy_(weights["model.embed_tokens.weight" if tied else "lm_head.weight"])
+                self.lm_head.weight.copy_(weights.get(head, weights[embedding]))
 
 
 class Eagle3Layer(nn.Module):
@@ -125,7 +139,8 @@ class Eagle3Layer(nn.Module):
     def forward(self, embeds_TH: Tensor, fused_TH: Tensor, position_ids_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
         both_TH2 = torch.cat([self.input_layernorm(embeds_TH), self.hidden_norm(fused_TH)], 1)
         states_TH = fused_TH + self.self_attn(both_TH2, position_ids_T, cu_seqlens_B1)
-        return states_TH + self.mlp(self.post_attention_layernorm(states_TH))
+        out_TH: Tensor = states_TH + self.mlp(self.post_attention_layernorm(states_TH))
+        return out_TH
 
 
 class Attention(nn.Module):
@@ -141,16 +156,17 @@ class Attention(nn.Module):
         self.theta = config.theta
 
     def forward(self, both_TH2: Tensor, position_ids_T: Tensor, cu_seqlens_B1: Tensor) -> Tensor:
-        turns_TD = _turns(position_ids_T, self.size, self.theta)
-        q_NTD = _rotate(self.q_proj(both_TH2).unflatten(1, (self.heads, self.size)).transpose(0, 1), turns_TD)
-        k_NTD = _rotate(self.k_proj(both_TH2).unflatten(1, (self.kv_heads, self.size)).transpose(0, 1), turns_TD)
+        turns = _turns(position_ids_T, self.size, self.theta)
+        q_NTD = _rotate(self.q_proj(both_TH2).unflatten(1, (self.heads, self.size)).transpose(0, 1), turns)
+        k_NTD = _rotate(self.k_proj(both_TH2).unflatten(1, (self.kv_heads, self.size)).transpose(0, 1), turns)
         v_NTD = self.v_proj(both_TH2).unflatten(1, (self.kv_heads, self.size)).transpose(0, 1)
         repeats = self.heads // self.kv_heads
         k_NTD, v_NTD = k_NTD.repeat_interleave(repeats, 0), v_NTD.repeat_interleave(repeats, 0)
-        out_NTD = torch.cat([functional.scaled_dot_product_attention(
-            q_NTD[:, start:stop], k_NTD[:, start:stop], v_NTD[:, start:stop], is_causal=True)
-            for start, stop in pairwise(cu_seqlens_B1.tolist())], 1)
-        return self.o_proj(out_NTD.transpose(0, 1).flatten(1))
+        spans = [slice(*edges) for edges in pairwise(cu_seqlens_B1.tolist())]
+        out_NTD = torch.cat([functional.scaled_dot_product_attention(q_NTD[:, s], k_NTD[:, s], v_NTD[:, s],
+                                                                     is_causal=True) for s in spans], 1)
+        mixed_TH: Tensor = self.o_proj(out_NTD.transpose(0, 1).flatten(1))
+        return mixed_TH
 
 
 class SwiGlu(nn.Module):
@@ -163,7 +179,8 @@ class SwiGlu(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, states_TH: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(states_TH)) * self.up_proj(states_TH))
+        out_TH: Tensor = self.down_proj(functional.silu(self.gate_proj(states_TH)) * self.up_proj(states_TH))
+        return out_TH
 
 
 def drafted_rows(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -201,7 +218,7 @@ def read_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
         files = dict.fromkeys(names, single.name)
     else:
         raise UsageError(f"{folder} holds neither {single.name} nor {index.name}")
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         with safe_open(folder / file, framework="pt") as weights:
             stored = set(weights.keys())
@@ -210,11 +227,12 @@ def read_weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _turns(position_ids_T: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, `[T, D]` each."""
     speeds_D = theta ** (-torch.arange(0, size, 2, device=position_ids_T.device) / size)
     angles_TD = (position_ids_T[:, None] * speeds_D).repeat(1, 2)
     return angles_TD.cos(), angles_TD.sin()
 
 
-def _rotate(values_NTD: Tensor, turns_TD: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(values_NTD: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     first, second = values_NTD.chunk(2, dim=-1)
-    return values_NTD * turns_TD[0] + torch.cat([-second, first], -1) * turns_TD[1]
+    return values_NTD * turns[0] + torch.cat([-second, first], -1) * turns[1]

@@ -1,0 +1,200 @@
+"""Stored rows against Hugging Face transformers on the same token ids, through the whole real path.
+
+Catches rows shifted by one, a wrong layer numbering, a norm on the wrong side, rows lost or mixed up between requests
+of a batch, and a capture that is less exact than it says. Shapes: T tokens, R rows, K head, V vocabulary, H hidden.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import prompt_records, stored_traces, succeed, write_corpus
+
+from distill_pipe.produce.smollm2 import materialise_smollm2
+from distill_pipe.store.codec import bf16_values
+from distill_pipe.store.trace import Trace
+
+pytestmark = pytest.mark.engine
+
+GRID = 1 / 32
+LAYERS = (0, 2, 15, 30)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Transformers on one trace: log-probabilities of every position, and the residual stream by layer (last is before
+    the final norm)."""
+
+    logprobs_TV: torch.Tensor
+    hidden: dict[int, torch.Tensor]
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor of its own: arrays read from Parquet are views that must not be written."""
+    return torch.from_numpy(array.copy())
+
+
+def reference(model: torch.nn.Module, trace: Trace) -> Reference:
+    states: dict[int, torch.Tensor] = {}
+    hook = model.model.norm.register_forward_pre_hook(lambda _m, args: states.update({30: args[0][0]}))
+    with torch.inference_mode():
+        out = model(tensor(trace.token_ids_T).long()[None], output_hidden_states=True)
+    hook.remove()
+    states |= {n: out.hidden_states[n][0] for n in LAYERS[:-1]}
+    return Reference(out.logits[0].float().log_softmax(-1), {n: h.float() for n, h in states.items()})
+
+
+def head_errors(trace: Trace, logprobs_TV: torch.Tensor) -> np.ndarray:
+    """|stored log-probability - reference| of every head entry."""
+    rows_N = np.repeat(trace.positions_R, trace.topk_counts_R)
+    wanted_N = logprobs_TV[tensor(rows_N), tensor(trace.topk_ids_N).long()]
+    return np.abs(trace.topk_logprobs_N - wanted_N.numpy())
+
+
+def top1(trace: Trace) -> np.ndarray:
+    starts_R = np.concatenate([[0], np.cumsum(trace.topk_counts_R)[:-1]])
+    return trace.topk_ids_N[starts_R]
+
+
+def load(dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(materialise_smollm2(), dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def exact_model() -> torch.nn.Module:
+    return load(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Responses written by the float32 target, captured while it decodes; two shards in flight."""
+    folder = tmp_path_factory.mktemp("generated")
+    corpus = write_corpus(folder / "c.jsonl", prompt_records())
+    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out", "--layers",
+            ",".join(map(str, LAYERS)), "--hidden-codec", "f32", "--set", "sampling.max_tokens=24", "--set",
+            "prompts_per_shard=4", "--set", "max_num_seqs=4")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Given responses scored by the float32 target, in small prefill chunks; one conversation has two turns."""
+    folder = tmp_path_factory.mktemp("scored")
+    records: list[dict[str, object]] = [
+        {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."},
+                      {"role": "user", "content": "Another one, please."},
+                      {"role": "assistant", "content": "Green, like the moss on an old wall."}]},
+        {"prompt": "Count to ten.", "completion": "One, two, three, four, five, six, seven, eight, nine, ten."},
+    ]
+    corpus = write_corpus(folder / "c.jsonl", records)
+    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out", "--responses", "corpus",
+            "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "f32", "--set", "capture.logprob_grid=0")
+    return folder / "out"
+
+
+def both(generated: Path, scored: Path) -> Iterator[tuple[Trace, float]]:
+    yield from ((trace, GRID / 2) for trace in stored_traces(generated))
+    yield from ((trace, 0.0) for trace in stored_traces(scored))
+
+
+def test_head_entries_of_a_float32_engine_equal_transformers(generated, scored, exact_model) -> None:
+    for trace, rounding in both(generated, scored):
+        wanted = reference(exact_model, trace).logprobs_TV
+        assert head_errors(trace, wanted).max() <= 2e-4 + rounding
+        assert (top1(trace) == wanted[tensor(trace.positions_R)].argmax(-1).numpy()).all()
+
+
+def test_logsumexp_tail_mass_and_next_logprob_equal_transformers(generated, scored, exact_model) -> None:
+    for trace, _ in both(generated, scored):
+        logprobs_RV = reference(exact_model, trace).logprobs_TV[tensor(trace.positions_R)]
+        next_R = trace.token_ids_T[trace.positions_R + 1]
+        head_R = logprobs_RV.topk(32).values.exp().sum(-1).numpy()
+        np.testing.assert_allclose(trace.next_logprob_R, logprobs_RV[np.arange(len(next_R)), next_R], atol=3e-4)
+        np.testing.assert_allclose(trace.tail_mass_R, 1 - head_R, atol=1e-4)
+
+
+def test_hidden_states_of_a_float32_engine_equal_transformers(generated, scored, exact_model) -> None:
+    for trace, _ in both(generated, scored):
+        wanted = reference(exact_model, trace)
+        for layer in LAYERS:
+            hidden_TH = wanted.hidden[layer][:-1].numpy()
+            error = np.linalg.norm(trace.hidden[layer] - hidden_TH) / np.linalg.norm(hidden_TH)
+            assert error <= 1e-4, f"layer {layer}"
+
+
+def test_rows_shifted_by_one_either_way_would_be_noticed(generated, exact_model) -> None:
+    for trace in stored_traces(generated):
+        wanted = reference(exact_model, trace)
+        agreement = {}
+        for shift in (-1, 0, 1):
+            rows_R = np.clip(trace.positions_R + shift, 0, trace.num_tokens - 1)
+            agreement[shift] = (top1(trace) == wanted.logprobs_TV[tensor(rows_R)].argmax(-1).numpy()).mean()
+        assert agreement[0] == 1
+        assert max(agreement[-1], agreement[1]) < 0.5
+        hidden_TH = wanted.hidden[15][:-1].numpy()
+        stored_TH = trace.hidden[15]
+        assert np.linalg.norm(stored_TH[1:] - hidden_TH[:-1]) > 0.1 * np.linalg.norm(hidden_TH)
+        assert np.linalg.norm(stored_TH[:-1] - hidden_TH[1:]) > 0.1 * np.linalg.norm(hidden_TH)
+
+
+def test_tail_samples_lie_outside_the_head_and_carry_their_true_logprob(generated, exact_model) -> None:
+    for trace in stored_traces(generated):
+        logprobs_TV = reference(exact_model, trace).logprobs_TV
+        assert (trace.tail_counts_R == 8).all()
+        rows_N = np.repeat(trace.positions_R, trace.tail_counts_R)
+        wanted_N = logprobs_TV[tensor(rows_N), tensor(trace.tail_ids_N).long()].numpy()
+        assert np.abs(trace.tail_logprobs_N - wanted_N).max() <= 3e-4 + GRID / 2
+        for r in range(trace.num_rows):
+            head = trace.topk_ids_N.reshape(-1, 32)[r]
+            assert not set(head) & set(trace.tail_ids_N.reshape(-1, 8)[r])
+
+
+def test_sampled_tail_alpha_is_within_two_hundredths_of_the_dense_alpha(generated, exact_model) -> None:
+    torch.manual_seed(0)
+    dense, sparse = [], []
+    for trace in stored_traces(generated):
+        logp_RV = reference(exact_model, trace).logprobs_TV[tensor(trace.positions_R)]
+        logq_RV = (logp_RV * 0.9 + torch.randn_like(logp_RV) * 0.8).log_softmax(-1)
+        dense.append(torch.minimum(logp_RV, logq_RV).exp().sum(-1))
+        ids_RK = tensor(trace.topk_ids_N).long().reshape(-1, 32)
+        ids_RM = tensor(trace.tail_ids_N).long().reshape(-1, 8)
+        head_R = torch.minimum(tensor(trace.topk_logprobs_N).reshape(-1, 32), logq_RV.gather(1, ids_RK))
+        ratio_RM = logq_RV.gather(1, ids_RM) - tensor(trace.tail_logprobs_N).reshape(-1, 8)
+        sparse.append(head_R.exp().sum(-1) + tensor(trace.tail_mass_R) * ratio_RM.exp().clamp(max=1).mean(-1))
+    assert abs(torch.cat(sparse).mean() - torch.cat(dense).mean()) <= 0.02
+
+
+def test_a_bf16_engine_is_as_close_to_float32_as_transformers_in_bf16(tmp_path, exact_model) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", prompt_records())
+    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", tmp_path / "out", "--set",
+            "dtype=bfloat16", "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "bf16-split", "--set",
+            "sampling.max_tokens=24", "--set", "capture.logprob_grid=0")
+    rough = load(torch.bfloat16)
+    ours: list[np.ndarray] = []
+    theirs: list[np.ndarray] = []
+    masses: list[np.ndarray] = []
+    states: dict[int, list[tuple[float, float]]] = {n: [] for n in LAYERS}
+    for trace in stored_traces(tmp_path / "out"):
+        exact, bf16 = reference(exact_model, trace), reference(rough, trace)
+        rows_N = tensor(np.repeat(trace.positions_R, trace.topk_counts_R))
+        ids_N = tensor(trace.topk_ids_N).long()
+        ours.append(head_errors(trace, exact.logprobs_TV))
+        theirs.append((bf16.logprobs_TV - exact.logprobs_TV)[rows_N, ids_N].abs().numpy())
+        logp_RV = exact.logprobs_TV[tensor(trace.positions_R)]
+        masses.append(trace.tail_mass_R - (1 - logp_RV.topk(32).values.exp().sum(-1).numpy()))
+        for n in LAYERS:
+            exact_TH = exact.hidden[n][:-1].numpy()
+            states[n].append((float(np.linalg.norm(bf16_values(trace.hidden[n]) - exact_TH)),
+                              float(np.linalg.norm(bf16.hidden[n][:-1].numpy() - exact_TH))))
+    mean_ours, mean_theirs = np.concatenate(ours).mean(), np.concatenate(theirs).mean()
+    print(f"mean |d logprob|: captured {mean_ours:.4f}, transformers bf16 {mean_theirs:.4f}; "
+          f"mean |d tail mass| {np.abs(np.concatenate(masses)).mean():.4f}")
+    assert mean_ours <= 1.25 * mean_theirs
+    assert np.abs(np.concatenate(masses)).mean() <= 0.015
+    for n, errors in states.items():
+        assert sum(e[0] for e in errors) <= 1.25 * sum(e[1] for e in errors) + 1e-6, f"layer {n}"
