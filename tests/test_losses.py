@@ -146,6 +146,19 @@ def test_a_head_of_the_whole_vocabulary_gives_the_papers_gradients_under_every_r
 
 
 @pytest.mark.parametrize("tail", RULES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_mass_that_rounding_left_outside_a_whole_vocabulary_counts_for_nothing(name: str, tail: str) -> None:
+    target_RV, draft_RV = ordinary_rows()
+    exact = whole(target_RV)
+    rounded = SparseTarget(exact.topk_ids_RK, exact.topk_logprobs_RK, torch.full((6,), 1e-6), exact.tail_ids_RM,
+                           exact.tail_logprobs_RM, exact.vocab_size)
+    (output, grad_RV), (expected, expected_RV) = (run(name, draft_RV, t, tail=tail) for t in (rounded, exact))
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(grad_RV, expected_RV)
+    assert torch.equal(output.alpha_upper_R, output.alpha_lower_R)
+
+
+@pytest.mark.parametrize("tail", RULES)
 def test_identical_rows_accept_everything_and_have_no_divergence(tail: str) -> None:
     target_RV, _ = ordinary_rows()
     for target in (whole(target_RV), sparse(target_RV)):

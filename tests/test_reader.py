@@ -1,7 +1,9 @@
 """Catches a reader that loses, repeats, misplaces or silently replaces what a dataset holds."""
 
+import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from distill_pipe.consume import Batch, ShardReader, tv_loss
 from distill_pipe.consume.sparse import FlatEntries, SparseTarget
 from distill_pipe.errors import DamageError, MismatchError, UsageError
 from distill_pipe.store.codec import bf16_bits, bf16_values
-from distill_pipe.store.manifest import fragment_name, read_fragment, shard_name
+from distill_pipe.store.manifest import encode_record, fragment_name, read_fragment, shard_name
 from distill_pipe.store.root import LocalRoot
 
 PROMPTS = 10
@@ -108,7 +110,10 @@ def test_every_trace_comes_exactly_once_per_epoch_whatever_the_budget(root: Path
             assert len(batch.token_ids_T) <= batch_tokens or len(batch.ordinals_B) == 1
 
 
-def test_the_order_is_a_function_of_seed_and_epoch_alone(root: Path) -> None:
+@pytest.mark.parametrize("prompts_per_shard", [1, 5, PROMPTS])
+def test_the_order_is_a_function_of_seed_and_epoch_alone(tmp_path: Path, prompts_per_shard: int) -> None:
+    root = tmp_path
+    make_dataset(root, PROMPTS, Shape(prompts_per_shard=prompts_per_shard))
     orders = {(seed, epoch): ordinals(ShardReader(root, seed=seed, epoch=epoch))
               for seed in range(2) for epoch in range(2)}
     assert len({tuple(o) for o in orders.values()}) == 4
@@ -182,15 +187,23 @@ def test_a_short_or_missing_shard_ends_the_epoch_with_its_name(root: Path) -> No
         ordinals(reader)
 
 
-def test_a_damaged_or_exchanged_sidecar_ends_the_epoch_with_its_name(root: Path) -> None:
-    path, other = sidecar(root, 0), sidecar(root, 1)
-    whole = path.read_bytes()
+def test_a_damaged_sidecar_ends_the_epoch_with_its_name(root: Path) -> None:
+    path = sidecar(root, 0)
     damage(path, 100)
     with pytest.raises(DamageError, match=path.name):
         ordinals(ShardReader(root, layers=(1,)))
     assert len(ordinals(ShardReader(root))) == PROMPTS
-    path.write_bytes(other.read_bytes()[:len(whole)].ljust(len(whole), b"\0"))
-    with pytest.raises(DamageError, match=path.name):
+
+
+def test_a_sidecar_of_another_run_is_refused_even_where_its_ordinals_fit(root: Path, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "other", PROMPTS, Shape(top_k=9))
+    foreign = sidecar(tmp_path / "other", 0)
+    shutil.copy(foreign, sidecar(root, 0).parent)
+    fragments = [read_fragment(LocalRoot(folder), 0) for folder in (root, tmp_path / "other")]
+    own, other = (f for f in fragments if f is not None)
+    mixed = msgspec.structs.replace(own, info=msgspec.structs.replace(own.info, hidden=other.info.hidden))
+    (root / fragment_name(0)).write_bytes(encode_record(mixed))
+    with pytest.raises(DamageError, match=f"{foreign.name} belongs to another run"):
         ordinals(ShardReader(root, layers=(1,)))
 
 

@@ -35,7 +35,7 @@ from distill_pipe.errors import UsageError
 
 TailRule = Literal["sampled", "drop", "bucket"]
 
-# The log of no probability at all. Finite, because -inf entries turn the gradient of a logsumexp into NaN.
+# The log of no probability at all. Finite, so that a row without anything else is a large number and never inf - inf.
 _LOG_NOTHING = -1e30
 
 

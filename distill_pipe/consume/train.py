@@ -1,7 +1,7 @@
 """Fit a draft to a dataset: reader -> draft -> loss -> step, with the held-out acceptance rate before and after.
 
 One process, one device, plain batches: a step holds float32 logits `[rows of the batch, V]` and their gradient, so
-`batch_tokens` bounds the memory (1,024 tokens: 200 MB each at V = 49,152). Evaluation goes through the logits in
+`batch_tokens` bounds the memory (512 tokens: at most 100 MB each at V = 49,152). Evaluation goes through the logits in
 chunks. This is a reference, and a check that a dataset teaches; it does not replace a trainer.
 
 Shapes: R rows, H hidden size, V vocabulary.
@@ -63,7 +63,7 @@ class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     lr: Annotated[float, Meta(gt=0)] = 1e-3
     warmup: Annotated[float, Meta(ge=0, le=1)] = 0.1
     clip: Annotated[float, Meta(gt=0)] = 0.5
-    batch_tokens: Annotated[int, Meta(ge=1)] = 1024
+    batch_tokens: Annotated[int, Meta(ge=1)] = 512
     holdout_every: Annotated[int, Meta(ge=2)] = 10
     train_head: bool = False
     seed: int = 0

@@ -43,6 +43,8 @@ class _Replica:
     """The actor: one engine and the shards given to it."""
 
     def __init__(self, plan: ClusterPlan, run: bytes, root: str, resources: EngineResources) -> None:
+        # Ray sets this to the CPUs an actor reserves; OpenMP reads it when torch is imported below.
+        os.environ["OMP_NUM_THREADS"] = str(resources.cpu_threads)
         from distill_pipe.produce.chat import Renderer
         from distill_pipe.produce.vllm_engine import VllmEngine
         from distill_pipe.produce.worker import ShardWorker
@@ -118,18 +120,10 @@ def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, t
 
 def _start_replica(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    cores = None if gpus or plan.address else _cores(slot.index, plan.workers)
-    resources = EngineResources(max_num_seqs=plan.max_num_seqs, cpu_cores=cores)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // plan.workers, 1))
+    resources = EngineResources(max_num_seqs=plan.max_num_seqs, cpu_threads=threads)
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Replica)
     return actor.remote(plan, msgspec.json.encode(run), str(root), resources)
-
-
-def _cores(index: int, workers: int) -> str:
-    """The slice of this machine's cores for one of several local engines: two thread teams on one core collapse."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(len(cores) // workers, 1)
-    mine = cores[index * share % len(cores):][:share]
-    return ",".join(map(str, mine))
 
 
 def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Progress], None]) -> None:

@@ -36,10 +36,10 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class EngineResources:
-    """What an engine may use; none of it changes a dataset's bytes. `cpu_cores` are those for the engine's threads."""
+    """What an engine may use; none of it changes a dataset's bytes. `cpu_threads` matter to CPU engines alone."""
 
     max_num_seqs: int = 64
-    cpu_cores: str | None = None
+    cpu_threads: int = 1
 
 
 class RequestError(ValueError):

@@ -50,8 +50,6 @@ class VllmEngine:
                  resources: EngineResources) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if resources.cpu_cores is not None:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", resources.cpu_cores)
         from vllm import LLM
         from vllm.platforms import current_platform
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -59,6 +57,11 @@ class VllmEngine:
         self._dead = EngineDeadError
         self._run, self._sampling = run, run.spec.sampling
         on_cpu = current_platform.is_cpu()
+        if on_cpu:
+            # An engine core in a process of its own spins on a core that the model could use and starts 20 s later.
+            # In one process, binding threads to cores makes each of vLLM's kernels wait at its end: seven times slower.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         spec = run.spec
         llm = LLM(
             model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
