@@ -19,12 +19,14 @@ from rich.table import Table
 
 from distill_pipe.errors import DamageError, DistillPipeError, UsageError
 from distill_pipe.store.inspect import InspectedToken, inspect_trace
+from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.status import status as read_status
 from distill_pipe.store.verify import verify as verify_dataset
 
 if TYPE_CHECKING:
+    from distill_pipe.consume.train import Step
     from distill_pipe.produce.job import Job
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -131,22 +133,29 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
     arch: Annotated[Arch, typer.Option(help="The draft's architecture.")] = Arch.eagle3,
     loss: Annotated[Losses, typer.Option(help="The objective.")] = Losses.lk_hybrid,
     target: Annotated[str | None, typer.Option(help="The target's folder, when its name does not lead there.")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    lr: Annotated[float, typer.Option(min=0)] = 1e-3,
-    seed: Annotated[int, typer.Option()] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training split.")] = 2,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Order of batches and initial weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to save the draft.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a small reference draft from the shards, and print its held-out acceptance rate before and after."""
+    from distill_pipe.consume.train import TrainSettings
     from distill_pipe.consume.train import train as run_training
     from distill_pipe.produce.targets import resolve_target
-    from distill_pipe.store.manifest import require_run
 
-    store = LocalRoot(root)
-    folder = resolve_target(target or require_run(store).spec.target.name).folder
-    result = run_training(store, folder, arch=arch.value, loss=loss.value, epochs=epochs, lr=lr, seed=seed, out=out,
-                          on_step=_train_line)
-    _print_facts(result, as_json)
+    settings = msgspec.convert({"arch": arch.value, "loss": loss.value, "epochs": epochs, "lr": lr, "seed": seed},
+                               TrainSettings)
+    folder = resolve_target(target or require_run(LocalRoot(root)).spec.target.name).folder
+    result = run_training(str(root), folder, settings, out=out, on_step=_TrainLines())
+    if as_json:
+        _print_facts(result, as_json)
+        return
+    for when, held_out in (("before", result.before), ("after", result.after)):
+        sys.stdout.write(f"held-out alpha {when}: {held_out.alpha:.4f} (certified between {held_out.lower:.4f} and "
+                         f"{held_out.upper:.4f}, {held_out.rows} rows)\n")
+    _say(f"{result.steps} steps over {result.rows} rows in {result.seconds:.0f} s, loss {result.loss_first:.4f} -> "
+         f"{result.loss_last:.4f}")
 
 
 def main() -> None:
@@ -240,9 +249,16 @@ def _layers(text: str | None) -> list[int] | None:
         raise UsageError(f"--layers {text}: write numbers with commas, for example 2,15,27,30, or none") from None
 
 
-def _train_line(step: int, steps: int, loss: float, alpha: float) -> None:
-    if step == steps or step % max(steps // 10, 1) == 0:
-        _say(f"step {step}/{steps}: loss {loss:.4f}, training alpha {alpha:.4f}")
+class _TrainLines:
+    """A line on stderr for every tenth of a training."""
+
+    def __init__(self) -> None:
+        self._printed = 0
+
+    def __call__(self, step: "Step") -> None:
+        if int(step.progress * 10) > self._printed:
+            self._printed = int(step.progress * 10)
+            _say(f"{step.progress:4.0%}  step {step.step}  loss {step.loss:.4f}  training alpha {step.alpha:.4f}")
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -253,3 +269,7 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -92,8 +92,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": "Count to ten.", "completion": "One, two, three, four, five, six, seven, eight, nine, ten."},
     ]
     corpus = write_corpus(folder / "c.jsonl", records)
-    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out", "--responses", "corpus",
-            "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "f32", "--set", "capture.logprob_grid=0")
+    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out",
+            "--responses", "corpus", "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "f32",
+            "--set", "capture.logprob_grid=0")
     return folder / "out"
 
 

@@ -284,7 +284,8 @@ def _check_seams(worker: CaptureMixin, need_layers: bool) -> None:
     for owner, (thing, names) in wanted.items():
         for name in names:
             if not hasattr(thing, name):
-                raise CaptureError(f"this vLLM has no {owner}.{name} for {type(model).__name__}; use the pinned version")
+                raise CaptureError(f"this vLLM has no {owner}.{name} for {type(model).__name__}; "
+                                   "use the pinned version")
 
 
 def _host(tensor: Tensor) -> NDArray[Any]:

@@ -109,7 +109,7 @@ def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, t
     if slot.call is not None or not (todo or slot.shards):
         return
     if slot.actor is None:
-        slot.actor = _start_replica(ray, slot, plan, run, root)
+        slot.actor = _start_replica(ray, plan, run, root)
     fresh = []
     while todo and len(slot.shards) < SHARDS_IN_FLIGHT:
         fresh.append(todo.popleft())
@@ -118,7 +118,7 @@ def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, t
         slot.call = slot.actor.advance.remote(fresh, POLL_SECONDS)
 
 
-def _start_replica(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
+def _start_replica(ray: Any, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // plan.workers, 1))
     resources = EngineResources(max_num_seqs=plan.max_num_seqs, cpu_threads=threads)
@@ -166,5 +166,6 @@ def _plain(cause: BaseException) -> BaseException:
     """Ray's wrapper carries a remote traceback in its text; the user gets the message of our own error alone."""
     for kind in type(cause).__mro__:
         if kind.__module__ == DistillPipeError.__module__:
-            return kind(str(getattr(cause, "cause", cause)))
+            plain: BaseException = kind(str(getattr(cause, "cause", cause)))
+            return plain
     return cause

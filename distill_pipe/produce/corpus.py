@@ -20,8 +20,9 @@ from distill_pipe.errors import UsageError
 from distill_pipe.store.plan import Message, PlannedPrompt
 from distill_pipe.store.spec import CorpusFile, Responses
 
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-                   "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+                   "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool",
+                   "observation": "tool"}
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 Record = dict[str, object]

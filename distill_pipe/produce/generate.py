@@ -22,8 +22,7 @@ from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
 from distill_pipe.store.card import write_card
 from distill_pipe.store.commit import adopt_shard, committed_shards
-from distill_pipe.store.manifest import (RUN, FileRef, Run, encode_record, read_run, require_run,
-                                          require_same_run)
+from distill_pipe.store.manifest import RUN, FileRef, Run, encode_record, read_run, require_run, require_same_run
 from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import read_table, sha256_of
@@ -146,7 +145,8 @@ def _freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
             root.publish(path, ref.name)
             plan.append(ref)
     run = Run(fingerprint=spec.fingerprint, spec=spec, plan=tuple(plan),
-              created_by=f"distill-pipe {distill_pipe.__version__}", created_at=datetime.now(UTC).isoformat("T", "seconds"))
+              created_by=f"distill-pipe {distill_pipe.__version__}",
+              created_at=datetime.now(UTC).isoformat("T", "seconds"))
     root.create_bytes(encode_record(run), RUN)
     return require_run(root)
 

@@ -54,10 +54,10 @@ def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, o
     """
     plain: Plain = {} if file is None else _read(file)
     for setting in settings:
-        name, separator, value = setting.partition("=")
+        name, separator, text = setting.partition("=")
         if not separator or not name:
             raise UsageError(f"--set {setting}: write it as name=value, for example --set capture.top_k=64")
-        _put(plain, name.strip(), _yaml(value, f"--set {setting}"))
+        _put(plain, name.strip(), _yaml(text, f"--set {setting}"))
     for name, value in options.items():
         if value is not None:
             _put(plain, name, value)

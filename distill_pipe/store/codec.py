@@ -37,7 +37,7 @@ def encode_hidden(hidden_TH: NDArray[np.float32] | NDArray[np.uint16], codec: Hi
     """One layer of one trace as a blob. `hidden_TH` is float32, or bfloat16 bits as uint16."""
     if codec == "f32":
         return _as_float32(hidden_TH).astype("<f4").tobytes()
-    bits_TH = hidden_TH if hidden_TH.dtype == np.uint16 else bf16_bits(np.ascontiguousarray(hidden_TH))
+    bits_TH = _as_bf16_bits(hidden_TH)
     if codec == "bf16":
         return bits_TH.astype("<u2").tobytes()
     # Sign bit to the bottom: the upper byte is then the whole exponent, which barely varies along a trace.
@@ -60,15 +60,25 @@ def decode_hidden(blob: bytes, codec: HiddenCodec, hidden_size: int) -> NDArray[
         return np.frombuffer(blob, "<u2").reshape(-1, hidden_size)
     planes_2N = np.frombuffer(blob, np.uint8).reshape(2, -1).astype(np.uint16)
     turned_N = (planes_2N[0] << 8) | planes_2N[1]
-    return ((turned_N >> 1) | (turned_N << 15)).reshape(-1, hidden_size)
+    bits_N: NDArray[np.uint16] = (turned_N >> 1) | (turned_N << 15)
+    return bits_N.reshape(-1, hidden_size)
 
 
 def round_logprobs(logprobs: NDArray[np.float32], grid: float) -> NDArray[np.float32]:
     """Log-probabilities rounded to the nearest multiple of `grid` nats; the error is at most grid / 2. 0 = exact."""
     if grid == 0:
         return logprobs
-    return (np.rint(logprobs / np.float32(grid)) * np.float32(grid)).astype(np.float32)
+    steps: NDArray[np.float32] = np.rint(logprobs / np.float32(grid))
+    return steps * np.float32(grid)
 
 
 def _as_float32(hidden_TH: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.float32]:
-    return bf16_values(hidden_TH) if hidden_TH.dtype == np.uint16 else hidden_TH
+    if hidden_TH.dtype == np.uint16:
+        return bf16_values(hidden_TH.view(np.uint16))
+    return hidden_TH.astype(np.float32, copy=False)
+
+
+def _as_bf16_bits(hidden_TH: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.uint16]:
+    if hidden_TH.dtype == np.uint16:
+        return hidden_TH.view(np.uint16)
+    return bf16_bits(np.ascontiguousarray(hidden_TH, np.float32))

@@ -15,13 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_pipe.errors import DamageError, MismatchError
-from distill_pipe.store.manifest import (FileRef, Fragment, Measured, Run, ShardInfo, encode_record, fragment_name,
-                                         read_fragment, shard_name, sidecar_name)
+from distill_pipe.store.manifest import (
+    FileRef,
+    Fragment,
+    Measured,
+    Run,
+    ShardInfo,
+    encode_record,
+    fragment_name,
+    read_fragment,
+    shard_name,
+    sidecar_name,
+)
 from distill_pipe.store.plan import shard_range
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import (QuarantinedPrompt, capture_sidecar_info, encode_layers, main_table,
-                                      read_shard_info, read_table, sha256_of, traces_from_tables, write_main,
-                                      write_quarantine, write_sidecar)
+from distill_pipe.store.shard import (
+    QuarantinedPrompt,
+    capture_sidecar_info,
+    encode_layers,
+    main_table,
+    read_shard_info,
+    read_table,
+    sha256_of,
+    traces_from_tables,
+    write_main,
+    write_quarantine,
+    write_sidecar,
+)
 from distill_pipe.store.trace import Trace
 
 HIDDEN, QUARANTINE = "hidden_states/train", "_quarantine"

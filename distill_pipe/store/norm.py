@@ -28,4 +28,5 @@ def read_final_norm(root: LocalRoot) -> NDArray[np.float32]:
     """
     if root.size(FINAL_NORM) is None:
         raise DamageError(f"{root}/{FINAL_NORM} is missing")
-    return read_table(root.local(FINAL_NORM))["weight"].to_numpy().astype(np.float32)
+    weight_H: NDArray[np.float32] = read_table(root.local(FINAL_NORM))["weight"].to_numpy().astype(np.float32)
+    return weight_H

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -78,7 +79,8 @@ def main_table(traces: Sequence[Trace], grid: float) -> tuple[pa.Table, Measured
         "domain": pa.array([t.domain for t in traces], pa.string()),
         "finish_reason": pa.array([t.finish_reason for t in traces], pa.string()),
         "topk_logprobs": _lists(traces, "topk_logprobs_N", _F32, rounded_N),
-        "tail_logprobs": _lists(traces, "tail_logprobs_N", _F32, round_logprobs(_concat(traces, "tail_logprobs_N"), grid)),
+        "tail_logprobs": _lists(traces, "tail_logprobs_N", _F32,
+                                round_logprobs(_concat(traces, "tail_logprobs_N"), grid)),
     }
     for field in MAIN_SCHEMA:
         if field.name not in columns:
@@ -188,20 +190,20 @@ def _attribute(column: str) -> str:
     return f"{column}_{'N' if flat else 'R'}"
 
 
-def _concat(traces: Sequence[Trace], attribute: str) -> NDArray[np.float32]:
+def _concat(traces: Sequence[Trace], attribute: str) -> NDArray[Any]:
     parts = [getattr(t, attribute) for t in traces]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
 def _lists(traces: Sequence[Trace], attribute: str, kind: pa.ListType,
-           values: NDArray[np.float32] | None = None) -> pa.ListArray:
+           values: NDArray[Any] | None = None) -> pa.ListArray:
     lengths = [len(getattr(t, attribute)) for t in traces]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     flat = _concat(traces, attribute) if values is None else values
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind.value_type), type=kind)
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _flat(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
     array = column.combine_chunks()
     offsets = array.offsets.to_numpy().astype(np.int64)
     return array.values.to_numpy(zero_copy_only=False), offsets
@@ -224,7 +226,7 @@ def _write(path: Path, table: pa.Table, dictionary: list[str]) -> None:
 
 def _metadata(path: Path) -> bytes:
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowException) as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
     if METADATA_KEY not in metadata:

@@ -7,13 +7,12 @@ mixed in silently.
 """
 
 import hashlib
-import re
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 
 Responses = Literal["target", "corpus"]
 HiddenCodec = Literal["bf16", "bf16-split", "f32"]
@@ -103,11 +102,6 @@ def spec_differences(stored: RunSpec, given: RunSpec) -> list[str]:
     old, new = _flatten(stored), _flatten(given)
     return [f"{path}: stored {old.get(path)!r}, given {new.get(path)!r}" for path in sorted(old | new)
             if old.get(path) != new.get(path)]
-
-
-def canonical_name(name: str) -> str:
-    """A name that is safe in text and file names: what is not a letter, digit, dot, dash or underscore becomes '-'."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
 
 
 def _flatten(value: object, path: str = "") -> dict[str, object]:

@@ -57,7 +57,7 @@ class Trace:
         self._check_values()
 
     @property
-    def positions_R(self) -> NDArray[np.int64]:
+    def positions_R(self) -> NDArray[np.int64]:  # noqa: N802 - a shape, as in the fields beside it
         """The position t that each row supervises."""
         return np.flatnonzero(self.loss_mask_T[1:])
 
@@ -113,14 +113,12 @@ class Trace:
         for layer, hidden_TH in self.hidden.items():
             bad_rows = nonfinite_rows(hidden_TH)
             if len(bad_rows):
-                raise NotFiniteError(f"prompt {self.ordinal}: layer {layer} is not finite at {len(bad_rows)} positions, "
-                                     f"the first at position {bad_rows[0]}")
+                raise NotFiniteError(f"prompt {self.ordinal}: layer {layer} is not finite at {len(bad_rows)} "
+                                     f"positions, the first at position {bad_rows[0]}")
 
 
 def nonfinite_rows(hidden_TH: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.int64]:
     """Positions whose state holds NaN or Inf; bfloat16 bits are non-finite when all 8 exponent bits are set."""
-    if hidden_TH.dtype == np.uint16:
-        bad_TH = (hidden_TH & 0x7F80) == 0x7F80
-    else:
-        bad_TH = ~np.isfinite(hidden_TH)
+    bf16 = hidden_TH.dtype == np.uint16
+    bad_TH = (hidden_TH.view(np.uint16) & 0x7F80) == 0x7F80 if bf16 else ~np.isfinite(hidden_TH)
     return np.flatnonzero(bad_TH.any(axis=1))

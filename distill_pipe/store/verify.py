@@ -14,7 +14,7 @@ from distill_pipe.store.commit import HIDDEN, QUARANTINE, adopt_shard, committed
 from distill_pipe.store.manifest import FileRef, Fragment, Run, require_run
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import (read_shard_info, read_sidecar_info, read_table, sha256_of, traces_from_tables)
+from distill_pipe.store.shard import read_shard_info, read_sidecar_info, read_table, sha256_of, traces_from_tables
 
 
 class Report(Struct, frozen=True, kw_only=True):

