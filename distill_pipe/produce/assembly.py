@@ -78,6 +78,8 @@ class Assembler:
         with_rows = [s for s in steps if len(s.positions_n)]
         order = _exactly_once(np.concatenate([s.positions_n for s in with_rows] or [wanted_R[:0]]), wanted_R,
                               done.ordinal, "head row")
+        if not with_rows:
+            raise CaptureError(f"prompt {done.ordinal}: no token is supervised")
         fields = [np.concatenate(parts)[order] for parts in zip(*(s.head for s in with_rows), strict=True)]
         topk_ids_RK, topk_lp_RK, lse_R, mass_R, tail_ids_RM, tail_lp_RM, next_R = fields
         next_R = _next_logprobs(done, wanted_R, next_R, token_ids_T, topk_ids_RK, topk_lp_RK)

@@ -7,14 +7,15 @@ file and line named: silently dropping a prompt would be the worse surprise. Rec
 
 import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from distill_pipe.errors import UsageError
 from distill_pipe.store.plan import Message, PlannedPrompt
@@ -77,7 +78,7 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
             where = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{where}: this line is not JSON ({error})") from None
             if not isinstance(record, dict):
                 raise UsageError(f"{where}: this line is JSON but not an object")
@@ -87,7 +88,7 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
 def _lines(lines: Iterable[str], path: Path) -> Iterator[str]:
     try:
         yield from lines
-    except (UnicodeDecodeError, EOFError, OSError, zstandard.ZstdError) as error:
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise UsageError(f"corpus {path} cannot be read: {error}") from None
 
 
@@ -95,7 +96,8 @@ def _open_text(path: Path) -> IO[str]:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8")
     if path.name.endswith(".zst"):
-        return zstandard.open(path, "rt", encoding="utf-8")  # type: ignore[no-any-return]
+        # Arrow's reader, because the zstandard package takes a truncated file for a complete one.
+        return io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), encoding="utf-8")
     return open(path, encoding="utf-8")
 
 

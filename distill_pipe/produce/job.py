@@ -86,7 +86,7 @@ def _read(file: Path) -> Plain:
 def _yaml(text: str, where: str) -> object:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -69,22 +69,26 @@ def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[Encoded
     Raises:
         MismatchError: the traces and quarantined prompts are not exactly the shard's prompts, or the name is taken by
             something that is not this shard.
-        StorageFullError: no room; nothing is left behind.
+        StorageFullError: no room; nothing is left behind, as long as renaming needs none.
     """
     traces = sorted(traces, key=lambda t: t.trace.ordinal)
     _require_coverage(run, shard, traces, quarantined)
     with root.scratch() as folder:
-        hidden = _publish_hidden(root, run, shard, traces, folder) if run.spec.capture.layers and traces else None
-        quarantine = None
+        sidecars: dict[Path, FileRef] = {}
+        hidden = quarantine = None
+        if run.spec.capture.layers and traces:
+            hidden = sidecars[folder / "hidden"] = _write_hidden(run, shard, traces, folder / "hidden")
         if quarantined:
             write_quarantine(folder / "quarantine", quarantined)
-            quarantine = _publish(root, folder / "quarantine", QUARANTINE, shard)
+            quarantine = sidecars[folder / "quarantine"] = _checked_ref(folder / "quarantine", QUARANTINE, shard)
         path = folder / "main"
         table, measured = main_table([t.trace for t in traces], run.spec.capture.logprob_grid)
         info = _shard_info(run, shard, traces, len(quarantined), measured, hidden, quarantine)
         write_main(path, table, info)
         _recheck(path, info)
         fragment = Fragment(file=_file_ref(path, shard_name(shard)), info=info)
+        for sidecar, ref in sidecars.items():
+            root.publish(sidecar, ref.name)
         if not root.create(path, shard_name(shard)):
             return adopt_shard(root, run, shard)
     root.publish_bytes(encode_record(fragment), fragment_name(shard))
@@ -92,14 +96,22 @@ def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[Encoded
 
 
 def adopt_shard(root: LocalRoot, run: Run, shard: int) -> Fragment:
-    """The fragment of a shard that is already committed, rebuilt from its footer when missing.
+    """The fragment of a shard that is already committed; put back when it is missing. Raises as `shard_fragment`."""
+    fragment = shard_fragment(root, run, shard)
+    if read_fragment(root, shard) != fragment:
+        root.publish_bytes(encode_record(fragment), fragment_name(shard))
+    return fragment
+
+
+def shard_fragment(root: LocalRoot, run: Run, shard: int) -> Fragment:
+    """The fragment of a committed shard, or what it must have been according to the shard's footer. Writes nothing.
 
     Raises:
         MismatchError: the file belongs to another run or another place in the plan.
         DamageError: it cannot be read.
     """
     fragment = read_fragment(root, shard)
-    if fragment is not None and fragment.info.fingerprint == run.fingerprint:
+    if fragment is not None and (fragment.info.fingerprint, fragment.file.name) == (run.fingerprint, shard_name(shard)):
         return fragment
     path = root.local(shard_name(shard))
     info = read_shard_info(path)
@@ -107,15 +119,24 @@ def adopt_shard(root: LocalRoot, run: Run, shard: int) -> Fragment:
     if (info.fingerprint, info.shard, info.first_ordinal, info.num_prompts) != (run.fingerprint, shard, first,
                                                                                stop - first):
         raise MismatchError(f"{path} belongs to another run or another shard; it was left untouched")
-    fragment = Fragment(file=_file_ref(path, shard_name(shard)), info=info)
-    root.publish_bytes(encode_record(fragment), fragment_name(shard))
-    return fragment
+    return Fragment(file=_file_ref(path, shard_name(shard)), info=info)
 
 
 def committed_shards(root: LocalRoot) -> set[int]:
     """The shards whose commit has happened; one listing."""
-    return {int(name.rsplit("-", 1)[1].removesuffix(".parquet")) for name in root.names("data")
-            if name.endswith(".parquet")}
+    return set(listed_shards(root)[0])
+
+
+def listed_shards(root: LocalRoot) -> tuple[list[int], list[str]]:
+    """What lies in `data/`: the numbers of main shards, and the names of files that are none."""
+    shards, strangers = [], []
+    for name in root.names("data"):
+        digits = name.removesuffix(".parquet").rpartition("-")[2]
+        if digits.isdecimal() and shard_name(int(digits)) == name:
+            shards.append(int(digits))
+        else:
+            strangers.append(name)
+    return shards, strangers
 
 
 def _require_coverage(run: Run, shard: int, traces: Sequence[EncodedTrace],
@@ -125,18 +146,17 @@ def _require_coverage(run: Run, shard: int, traces: Sequence[EncodedTrace],
         raise MismatchError(f"shard {shard} would hold {len(held)} prompts that are not exactly those of its plan")
 
 
-def _publish_hidden(root: LocalRoot, run: Run, shard: int, traces: Sequence[EncodedTrace], folder: Path) -> FileRef:
+def _write_hidden(run: Run, shard: int, traces: Sequence[EncodedTrace], path: Path) -> FileRef:
     info = capture_sidecar_info(run.spec.capture, run.spec.target.hidden_size, run.fingerprint, shard)
-    write_sidecar(folder / "hidden", [t.blobs for t in traces], [t.trace.ordinal for t in traces], info)
-    return _publish(root, folder / "hidden", HIDDEN, shard)
+    write_sidecar(path, [t.blobs for t in traces], [t.trace.ordinal for t in traces], info)
+    return _checked_ref(path, HIDDEN, shard)
 
 
-def _publish(root: LocalRoot, path: Path, folder: str, shard: int) -> FileRef:
+def _checked_ref(path: Path, folder: str, shard: int) -> FileRef:
+    """The name that a scratch file will have, after reading it back."""
     read_table(path)
     digest = sha256_of(path)
-    ref = FileRef(name=sidecar_name(folder, shard, digest), sha256=digest, size=path.stat().st_size)
-    root.publish(path, ref.name)
-    return ref
+    return FileRef(name=sidecar_name(folder, shard, digest), sha256=digest, size=path.stat().st_size)
 
 
 def _file_ref(path: Path, name: str) -> FileRef:

@@ -6,7 +6,7 @@ import numpy as np
 from msgspec import Struct
 
 from distill_pipe.errors import UsageError
-from distill_pipe.store.commit import adopt_shard, committed_shards
+from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.manifest import Run, require_run
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import LocalRoot
@@ -37,7 +37,7 @@ def inspect_trace(root: LocalRoot, ordinal: int, candidates: int) -> tuple[list[
         raise UsageError(f"trace {ordinal} is not in the plan, which has prompts 0 to {run.spec.corpus.prompts - 1}")
     if shard not in committed_shards(root):
         raise UsageError(f"trace {ordinal} is in shard {shard}, which is not committed yet")
-    table = read_table(root.local(adopt_shard(root, run, shard).file.name))
+    table = read_table(root.local(shard_fragment(root, run, shard).file.name))
     rows = np.flatnonzero(table["ordinal"].to_numpy() == ordinal)
     if len(rows) == 0:
         raise UsageError(f"trace {ordinal} was quarantined; see {root}/_quarantine")

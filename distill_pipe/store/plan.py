@@ -68,11 +68,10 @@ def read_planned_shard(root: LocalRoot, run: Run, shard: int) -> list[PlannedPro
     part = run.plan[shard // SHARDS_PER_PART]
     try:
         with pq.ParquetFile(root.local(part.name), page_checksum_verification=True) as file:
-            table = file.read_row_group(shard % SHARDS_PER_PART)
-    except (OSError, pa.ArrowException, IndexError) as error:
+            prompts = list(_prompts(file.read_row_group(shard % SHARDS_PER_PART)))
+    except (OSError, pa.ArrowException, IndexError, KeyError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise MismatchError(f"{root}/{part.name} cannot be read: {error}; the plan is part of the dataset and must be "
                             "restored from a copy") from error
-    prompts = list(_prompts(table))
     first, stop = shard_range(run, shard)
     if [p.ordinal for p in prompts] != list(range(first, stop)):
         raise MismatchError(f"{root}/{part.name}: shard {shard} does not hold prompts {first} to {stop - 1}")

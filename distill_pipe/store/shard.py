@@ -56,7 +56,7 @@ class SidecarInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedPrompt:
-    """A prompt that was given up on, and why. Codes: `too_long`, `template`, `engine`, `capture`."""
+    """A prompt that was given up on, and why. Codes: `too_long`, `template`, `engine`, `not_finite`."""
 
     ordinal: int
     prompt_id: str
@@ -129,7 +129,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, arrow_extensions_enabled=False) as file:
             return file.read(columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
 
 
@@ -152,9 +152,12 @@ def traces_from_tables(main: pa.Table, hidden: pa.Table | None, info: SidecarInf
     """The traces of a main shard, with the layers that `hidden` holds.
 
     Raises:
-        DamageError: the sidecar's rows are not the main shard's.
+        DamageError: the columns are not those of a main shard (no checksum covers a Parquet footer), or the sidecar's
+            rows are not the main shard's.
         CaptureError: a row violates the invariants of `Trace`.
     """
+    if not main.schema.equals(MAIN_SCHEMA):
+        raise DamageError("the columns are not those of a main shard")
     if hidden is not None and hidden["ordinal"] != main["ordinal"]:
         raise DamageError("the hidden-state sidecar does not hold the traces of its main shard")
     flats = {f.name: _flat(main[f.name]) for f in MAIN_SCHEMA if pa.types.is_list(f.type)}
@@ -227,7 +230,7 @@ def _write(path: Path, table: pa.Table, dictionary: list[str]) -> None:
 def _metadata(path: Path) -> bytes:
     try:
         metadata: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
     if METADATA_KEY not in metadata:
         raise MismatchError(f"{path} was not written by distill-pipe")

@@ -55,6 +55,8 @@ class Trace:
     def __post_init__(self) -> None:
         self._check_shapes()
         self._check_values()
+        self._check_head()
+        self._check_hidden()
 
     @property
     def positions_R(self) -> NDArray[np.int64]:  # noqa: N802 - a shape, as in the fields beside it
@@ -100,16 +102,22 @@ class Trace:
                                      f"the first at entry {int(np.flatnonzero(bad)[0])}")
         if ((self.tail_mass_R < 0) | (self.tail_mass_R > 1)).any():
             raise CaptureError(f"prompt {self.ordinal}: a tail mass lies outside [0, 1]")
+        for ids in (self.topk_ids_N, self.tail_ids_N, self.token_ids_T):
+            if (ids < 0).any():
+                raise CaptureError(f"prompt {self.ordinal}: a token id is negative")
+
+    def _check_head(self) -> None:
         if (self.topk_counts_R < 1).any():
             raise CaptureError(f"prompt {self.ordinal}: a row has no head entry")
+        if (self.tail_counts_R < 0).any():
+            raise CaptureError(f"prompt {self.ordinal}: a row has a negative number of tail samples")
         rising = np.diff(self.topk_logprobs_N) > 0
         starts_N = np.cumsum(self.topk_counts_R)[:-1] - 1
         rising[starts_N] = False
         if rising.any():
             raise CaptureError(f"prompt {self.ordinal}: head log-probabilities are not in descending order")
-        for ids in (self.topk_ids_N, self.tail_ids_N, self.token_ids_T):
-            if (ids < 0).any():
-                raise CaptureError(f"prompt {self.ordinal}: a token id is negative")
+
+    def _check_hidden(self) -> None:
         for layer, hidden_TH in self.hidden.items():
             bad_rows = nonfinite_rows(hidden_TH)
             if len(bad_rows):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from distill_pipe.errors import DistillPipeError, MismatchError
-from distill_pipe.store.commit import HIDDEN, QUARANTINE, adopt_shard, committed_shards
+from distill_pipe.store.commit import HIDDEN, QUARANTINE, listed_shards, shard_fragment
 from distill_pipe.store.manifest import FileRef, Fragment, Run, require_run
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import LocalRoot
@@ -45,9 +45,10 @@ def verify(root: LocalRoot) -> Report:
         MismatchError: there is no dataset, or it is of another format version.
     """
     run = require_run(root)
-    found = committed_shards(root)
+    found, strangers = listed_shards(root)
     seen: dict[int, int] = {}
     problems = list(_plan_problems(root, run))
+    problems += [f"{root}/{name} is not a shard of this dataset, yet lies where its readers look" for name in strangers]
     totals = [0, 0, 0, 0]
     referenced: set[str] = set()
     for shard in sorted(found):
@@ -80,7 +81,7 @@ def _plan_problems(root: LocalRoot, run: Run) -> Iterator[str]:
 def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list[int], list[int]]:
     if shard >= num_shards(run):
         raise MismatchError(f"shard {shard} is not in the plan, which ends at shard {num_shards(run) - 1}")
-    fragment = adopt_shard(root, run, shard)
+    fragment = shard_fragment(root, run, shard)
     path = root.local(fragment.file.name)
     _check_file(root, fragment.file)
     if read_shard_info(path) != fragment.info:

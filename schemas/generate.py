@@ -1,0 +1,52 @@
+"""Writes the JSON Schemas in this folder from the structs that the code decodes with, so that the two cannot drift.
+
+    python schemas/generate.py            write them
+    python schemas/generate.py --check    write nothing; exit 1 and name the files that are not current
+
+The trade-off of generating: wording and layout of the schemas are msgspec's, and a new msgspec may reword them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import msgspec
+
+from distill_pipe.produce.job import Job
+from distill_pipe.store.manifest import Fragment, Run, ShardInfo
+from distill_pipe.store.shard import SidecarInfo
+
+FOLDER = Path(__file__).resolve().parent
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+STRUCTS = {"run": Run, "fragment": Fragment, "shard_info": ShardInfo, "sidecar": SidecarInfo, "job": Job}
+
+
+def schema_texts() -> dict[str, str]:
+    """What each schema file should hold, by file name."""
+    return {f"{name}.schema.json": json.dumps({"$schema": DIALECT, **msgspec.json.schema(struct)}, indent=2,
+                                              sort_keys=True) + "\n"
+            for name, struct in STRUCTS.items()}
+
+
+def stale_files(folder: Path) -> list[str]:
+    """The schema files in `folder` that are missing or not what `schema_texts` says."""
+    paths = {folder / name: text for name, text in schema_texts().items()}
+    return [path.name for path, text in paths.items()
+            if not path.is_file() or path.read_text(encoding="utf-8") != text]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="JSON Schemas of the dataset's records and of job files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is not current")
+    stale = stale_files(FOLDER)
+    if parser.parse_args().check:
+        if stale:
+            sys.exit(f"not current: {', '.join(stale)}; run `make schemas`")
+        return
+    for name in stale:
+        (FOLDER / name).write_text(schema_texts()[name], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

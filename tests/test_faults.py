@@ -1,0 +1,170 @@
+"""SIGKILL of the worker and of the driver at random moments, with real vLLM and real Ray.
+
+Catches a shard that counts as done and is not, prompts lost or doubled by a second attempt, finished work thrown away,
+and processes that outlive their driver. `make test` kills twice each; `make faults` ten times each.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import command, prompt_records, succeed, write_corpus
+
+from distill_pipe.store.commit import committed_shards
+from distill_pipe.store.manifest import shard_name
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.verify import verify
+
+NUM_PROMPTS, PER_SHARD = 48, 2
+# Start-up takes 20 to 40 s and each shard a few; moments are drawn over the whole of a run.
+LONGEST_SECONDS = 60
+GONE_SECONDS = 20
+
+
+class Run:
+    """One `generate` command that can be killed, and the processes it started."""
+
+    def __init__(self, corpus: Path, out: Path) -> None:
+        self.mark = f"DISTILL_PIPE_TEST={uuid.uuid4()}"
+        name, value = self.mark.split("=")
+        line = [sys.executable, "-m", "distill_pipe.cli", "generate", "--target", "smollm2-135m", "--corpus", corpus,
+                "--out", out, "--layers", "2,30", "--set", "sampling.max_tokens=16", "--set",
+                f"prompts_per_shard={PER_SHARD}", "--set", "max_num_seqs=8"]
+        self.log = out.with_name(f"{value}.log")
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(list(map(str, line)), env={**os.environ, name: value}, stderr=log)
+
+    def engines(self) -> list[psutil.Process]:
+        """The living processes of this run that hold a model. Ray's own agents need up to a minute to notice that their
+        raylet is gone; they hold neither a model nor a GPU."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                environ = Path(f"/proc/{process.pid}/environ").read_bytes()
+                name = " ".join(process.cmdline())
+            except (OSError, psutil.NoSuchProcess):
+                continue
+            if self.mark.encode() in environ and ("_Replica" in name or "VLLM" in name):
+                found.append(process)
+        return found
+
+    def kill_worker(self) -> bool:
+        """SIGKILL the engine's process; False when there is none at the moment."""
+        for process in self.engines():
+            process.kill()
+            return True
+        return False
+
+    def kill_driver(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def wait_until_gone(self) -> None:
+        """A killed driver must not leave an engine behind that holds memory or a GPU."""
+        deadline = time.monotonic() + GONE_SECONDS
+        while self.engines():
+            assert time.monotonic() < deadline, f"still alive: {[p.cmdline()[:3] for p in self.engines()]}"
+            time.sleep(0.5)
+
+
+def dataset_parts(tmp_path: Path) -> tuple[Path, Path]:
+    questions = [f"Write {n} words about the number {n}." for n in range(NUM_PROMPTS)]
+    return write_corpus(tmp_path / "c.jsonl", prompt_records(questions)), tmp_path / "out"
+
+
+def committed_files(out: Path) -> dict[int, tuple[int, int]]:
+    """Inode and change time of each committed shard: either differs when a shard was written again."""
+    root = LocalRoot(out)
+    if not out.exists():
+        return {}
+    stats = {shard: root.local(shard_name(shard)).stat() for shard in committed_shards(root)}
+    return {shard: (s.st_ino, s.st_mtime_ns) for shard, s in stats.items()}
+
+
+def assert_whole(out: Path) -> None:
+    report = verify(LocalRoot(out))
+    assert report.clean, report
+    assert (report.traces, report.missing_prompts, report.doubled_prompts) == (NUM_PROMPTS, 0, 0)
+
+
+def kill_drivers(tmp_path: Path, kills: int, seed: int) -> None:
+    corpus, out = dataset_parts(tmp_path)
+    moments = random.Random(seed)
+    done: dict[int, tuple[int, int]] = {}
+    for _ in range(kills):
+        run = Run(corpus, out)
+        try:
+            code = run.process.wait(moments.uniform(1, LONGEST_SECONDS))
+            assert code == 0, run.log.read_text()
+        except subprocess.TimeoutExpired:
+            run.kill_driver()
+        run.wait_until_gone()
+        now = committed_files(out)
+        assert done.items() <= now.items(), "a finished shard was written again"
+        print(f"driver killed with {len(now)} of {NUM_PROMPTS // PER_SHARD} shards committed")
+        done = now
+    finished = command("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", out, "--layers", "2,30",
+                       "--set", "sampling.max_tokens=16", "--set", f"prompts_per_shard={PER_SHARD}", "--set",
+                       "max_num_seqs=8")
+    assert finished.returncode == 0, finished.stderr
+    assert done.items() <= committed_files(out).items(), "a finished shard was written again"
+    assert_whole(out)
+    succeed("verify", out)
+
+
+def kill_workers(tmp_path: Path, kills: int, seed: int) -> None:
+    corpus, out = dataset_parts(tmp_path)
+    moments = random.Random(seed)
+    killed = 0
+    done: dict[int, tuple[int, int]] = {}
+    run = Run(corpus, out)
+    while killed < kills and run.process.poll() is None:
+        time.sleep(moments.uniform(1, LONGEST_SECONDS))
+        if run.kill_worker():
+            killed += 1
+            now = committed_files(out)
+            assert done.items() <= now.items(), "a finished shard was written again"
+            print(f"worker killed with {len(now)} of {NUM_PROMPTS // PER_SHARD} shards committed")
+            done = now
+    if run.process.wait(600) == 7:
+        # Three deaths without a finished shard end a run; the same command goes on.
+        run = Run(corpus, out)
+    assert run.process.wait(600) == 0, run.log.read_text()
+    assert killed > 0
+    assert done.items() <= committed_files(out).items(), "a finished shard was written again"
+    assert_whole(out)
+
+
+@pytest.mark.engine
+def test_a_driver_killed_twice_leaves_a_run_that_the_same_command_finishes(tmp_path) -> None:
+    kill_drivers(tmp_path, kills=2, seed=time.time_ns())
+
+
+@pytest.mark.engine
+def test_a_worker_killed_twice_is_replaced_and_nothing_is_lost(tmp_path) -> None:
+    kill_workers(tmp_path, kills=2, seed=time.time_ns())
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3000)
+def test_a_driver_killed_at_ten_random_moments(tmp_path) -> None:
+    kill_drivers(tmp_path, kills=10, seed=1)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3000)
+def test_workers_killed_at_ten_random_moments(tmp_path) -> None:
+    killed_in = 0
+    for seed in range(10):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        kill_workers(folder, kills=1, seed=seed)
+        killed_in += 1
+    assert killed_in == 10
