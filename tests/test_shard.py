@@ -143,7 +143,7 @@ def test_a_flipped_bit_anywhere_is_detected_or_harmless_and_never_gives_other_va
     data, whole = path.read_bytes(), read_table(path)
     random = np.random.default_rng(0)
     detected = 0
-    for at in random.integers(0, len(data), 1500):
+    for at in random.integers(0, len(data), 1000):
         flipped = bytearray(data)
         flipped[at] ^= 1 << int(random.integers(8))
         path.write_bytes(flipped)
@@ -157,7 +157,7 @@ def test_a_flipped_bit_anywhere_is_detected_or_harmless_and_never_gives_other_va
             assert table.equals(whole), f"byte {at}"
             assert len(traces) == 4
     # What is left are statistics, page indexes and other parts of the file that decoding does not use.
-    assert detected > 750
+    assert detected > 500
 
 
 def test_every_flipped_bit_of_a_page_is_detected_by_its_checksum(tmp_path: Path) -> None:

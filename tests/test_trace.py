@@ -33,7 +33,7 @@ def test_a_valid_trace_knows_its_sizes_and_positions() -> None:
     per_row = ("logsumexp_R", "tail_mass_R", "next_logprob_R", "topk_counts_R", "tail_counts_R")
     flat = {"topk": int(made["topk_counts_R"][:2].sum()), "tail": int(made["tail_counts_R"][:2].sum())}
     made |= {name: made[name][:2] for name in per_row}
-    made |= {f"{part}_{kind}_N": made[f"{part}_{kind}_N"][:n] for part, n in flat.items() for kind in ("ids", "logprobs")}
+    made |= {name: made[name][:n] for part, n in flat.items() for name in (f"{part}_ids_N", f"{part}_logprobs_N")}
     trace = Trace(**made)
     assert trace.positions_R.tolist() == [1, 3]
     assert (trace.num_rows, trace.num_tokens) == (2, len(made["token_ids_T"]))
@@ -50,7 +50,8 @@ def test_an_array_that_is_one_entry_short_or_long_is_refused(name: str) -> None:
 def test_hidden_states_must_cover_every_position_but_the_last() -> None:
     hidden = fields()["hidden"]
     tokens = len(fields()["token_ids_T"])
-    refused(CaptureError, f"layer 2 has {tokens - 2} entries, expected {tokens - 1}", hidden=hidden | {2: hidden[2][:-1]})
+    less = hidden[2][:-1]
+    refused(CaptureError, f"layer 2 has {tokens - 2} entries, expected {tokens - 1}", hidden=hidden | {2: less})
     more = np.concatenate([hidden[4], hidden[4][:1]])
     refused(CaptureError, f"layer 4 has {tokens} entries, expected {tokens - 1}", hidden=hidden | {4: more})
 

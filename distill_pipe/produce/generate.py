@@ -77,7 +77,7 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     """
     root = LocalRoot(job.out)
     target, spec = prepare(job)
-    run = read_run(root) or _freeze(root, spec, job)
+    run = read_run(root) or freeze(root, spec, job)
     require_same_run(root, run, spec)
     write_card(root, run)
     done = committed_shards(root)
@@ -131,7 +131,7 @@ def _check_capture(job: Job, target: Target, layers: tuple[int, ...]) -> None:
                          f"{job.target} can take")
 
 
-def _freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
+def freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
     """Write plan, run.json and card of a new run; the plan's names hold its content, so a repeat is harmless."""
     if not root.is_unused():
         raise UsageError(_not_ours(root))

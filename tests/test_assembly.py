@@ -1,0 +1,266 @@
+"""Catches rows that are lost, doubled, shifted or given to another prompt between the engine's steps and the trace.
+
+Shapes: T tokens, R supervised rows, n rows of one step, V vocabulary, H hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from distill_pipe.errors import CaptureError, NotFiniteError
+from distill_pipe.produce.assembly import NEXT_LOGPROB_TOLERANCE, Assembler, FinishedTrace, StepRows
+from distill_pipe.produce.head import head_rows, row_uniforms
+from distill_pipe.store.trace import Trace
+
+VOCAB, HIDDEN, TOP_K, SAMPLES, LAYERS = 12, 3, 12, 2, (1, 4)
+EXTRA = 3
+
+
+@dataclass(frozen=True)
+class Sequence_:
+    """What an engine computes for one prompt: every position, and `EXTRA` positions past the end."""
+
+    done: FinishedTrace
+    head: tuple[NDArray[Any], ...]
+    hidden_TLH: NDArray[np.float32]
+
+    def rows(self, first: int, stop: int, every_position: bool = False) -> StepRows:
+        """Positions [first, stop) as a step delivers them: states of all, head rows where the next token is wanted."""
+        mask = self.done.loss_mask + [True] * (EXTRA + 1)
+        positions = np.array([p for p in range(first, stop) if every_position or mask[p + 1]], np.int64)
+        head = tuple(part[positions] for part in self.head) if len(positions) else ()
+        return StepRows(first, self.hidden_TLH[first:stop], positions, head)
+
+    @property
+    def length(self) -> int:
+        return len(self.done.token_ids)
+
+
+def make_sequence(ordinal: int, length: int = 9, given_text: bool = False, top_k: int = TOP_K) -> Sequence_:
+    random = np.random.default_rng(ordinal)
+    total = length + EXTRA
+    logits_TV = torch.from_numpy(random.normal(0, 2, (total, VOCAB)).astype(np.float32))
+    tokens = random.integers(0, VOCAB, total + 1)
+    uniform_T = torch.from_numpy(row_uniforms(0, ordinal, np.arange(total)))
+    reduced = [t.numpy() for t in head_rows(logits_TV, top_k, SAMPLES if top_k < VOCAB else 0, uniform_T).tensors()]
+    next_T = logits_TV.log_softmax(1).numpy()[np.arange(total), tokens[1:]]
+    prompt = length // 3 + 1
+    mask = [False] * prompt + [True] * (length - prompt)
+    if given_text:
+        mask = [bool(b) for b in random.random(length) < 0.5]
+        mask[0], mask[-1] = False, True
+    captured_T = next_T if given_text else np.full(total, np.nan, np.float32)
+    sampled = [] if given_text else [float(next_T[p]) for p in range(length - 1) if mask[p + 1]]
+    done = FinishedTrace(ordinal, f"p{ordinal}", "domain", "given" if given_text else "stop",
+                         tokens[:length].tolist(), mask, sampled)
+    return Sequence_(done, (*reduced, captured_T), random.normal(size=(total, 2, HIDDEN)).astype(np.float32))
+
+
+def assemble(steps: Sequence[tuple[int, StepRows]], done: FinishedTrace, layers: Sequence[int] = LAYERS) -> Trace:
+    assembler = Assembler(layers)
+    for ordinal, rows in steps:
+        assembler.add(ordinal, rows)
+    return assembler.finish(done)
+
+
+def whole(sequence: Sequence_) -> Trace:
+    return assemble([(sequence.done.ordinal, sequence.rows(0, sequence.length - 1))], sequence.done)
+
+
+def assert_equal(a: Trace, b: Trace) -> None:
+    for name in Trace.__dataclass_fields__:
+        if name != "hidden":
+            assert np.array_equal(getattr(a, name), getattr(b, name)), name
+    assert set(a.hidden) == set(b.hidden)
+    assert all(np.array_equal(a.hidden[n], b.hidden[n]) for n in a.hidden)
+
+
+def test_a_trace_holds_the_rows_of_its_supervised_positions() -> None:
+    sequence = make_sequence(3, given_text=True, top_k=4)
+    trace = whole(sequence)
+    positions_R = np.flatnonzero(sequence.done.loss_mask[1:])
+    ids, logprobs, logsumexp, mass, tail_ids, _, next_logprob = sequence.head
+    assert trace.positions_R.tolist() == positions_R.tolist()
+    assert trace.topk_ids_N.reshape(-1, 4).tolist() == ids[positions_R].tolist()
+    assert trace.topk_logprobs_N.reshape(-1, 4).tolist() == logprobs[positions_R].tolist()
+    assert trace.logsumexp_R.tolist() == logsumexp[positions_R].tolist()
+    assert trace.tail_mass_R.tolist() == mass[positions_R].tolist()
+    assert trace.tail_ids_N.reshape(-1, SAMPLES).tolist() == tail_ids[positions_R].tolist()
+    assert trace.next_logprob_R.tolist() == next_logprob[positions_R].tolist()
+    assert (trace.prompt_id, trace.domain, trace.finish_reason) == ("p3", "domain", "given")
+    for i, layer in enumerate(LAYERS):
+        assert np.array_equal(trace.hidden[layer], sequence.hidden_TLH[:sequence.length - 1, i])
+
+
+def test_rows_without_a_tail_store_no_samples() -> None:
+    trace = whole(make_sequence(1, top_k=VOCAB))
+    assert trace.tail_counts_R.tolist() == [0] * trace.num_rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_split_into_steps_in_any_order_assembles_the_same_trace(data: st.DataObject) -> None:
+    sequences = [make_sequence(o, data.draw(st.integers(3, 14)), data.draw(st.booleans()), data.draw(
+        st.sampled_from([4, TOP_K]))) for o in range(data.draw(st.integers(1, 3)))]
+    steps = []
+    for sequence in sequences:
+        stop = sequence.length - 1 + data.draw(st.integers(0, EXTRA))
+        cuts = sorted(data.draw(st.sets(st.integers(1, stop - 1)))) if stop > 1 else []
+        edges = [0, *cuts, stop]
+        steps += [(sequence.done.ordinal, sequence.rows(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    assembler = Assembler(LAYERS)
+    for ordinal, rows in data.draw(st.permutations(steps)):
+        assembler.add(ordinal, rows)
+    for sequence in data.draw(st.permutations(sequences)):
+        assert_equal(assembler.finish(sequence.done), whole(sequence))
+
+
+def test_head_and_hidden_rows_may_come_in_steps_of_their_own() -> None:
+    sequence = make_sequence(2)
+    all_rows = sequence.rows(0, sequence.length - 1)
+    apart = [(2, replace(all_rows, hidden_nLH=None)), (2, replace(all_rows, positions_n=np.empty(0, np.int64), head=()))]
+    assert_equal(assemble(apart, sequence.done), whole(sequence))
+
+
+def test_without_layers_no_states_are_needed_or_kept() -> None:
+    sequence = make_sequence(2)
+    rows = replace(sequence.rows(0, sequence.length - 1), hidden_nLH=None)
+    assert assemble([(2, rows)], sequence.done, layers=()).hidden == {}
+
+
+def steps_of(sequence: Sequence_) -> list[tuple[int, StepRows]]:
+    return [(sequence.done.ordinal, sequence.rows(p, p + 1)) for p in range(sequence.length - 1)]
+
+
+@pytest.mark.parametrize("given_text", [True, False])
+def test_every_single_missing_step_is_refused(given_text: bool) -> None:
+    sequence = make_sequence(5, given_text=given_text)
+    for lost in range(sequence.length - 1):
+        steps = steps_of(sequence)
+        del steps[lost]
+        with pytest.raises(CaptureError, match=rf"prompt 5: 1 of \d+ (head row|hidden state)s are missing.*{lost}"):
+            assemble(steps, sequence.done)
+
+
+def test_every_single_doubled_step_is_refused() -> None:
+    sequence = make_sequence(5)
+    for doubled in range(sequence.length - 1):
+        steps = steps_of(sequence)
+        with pytest.raises(CaptureError, match=r"prompt 5: 0 of \d+ (head row|hidden state)s are missing"):
+            assemble([*steps, steps[doubled]], sequence.done)
+
+
+def test_a_missing_row_is_not_made_up_for_by_a_doubled_one() -> None:
+    sequence = make_sequence(5)
+    steps = steps_of(sequence)
+    steps[-1] = steps[-2]
+    with pytest.raises(CaptureError, match="1 of .* missing"):
+        assemble(steps, sequence.done)
+
+
+def test_a_head_row_where_none_is_wanted_is_refused() -> None:
+    sequence = make_sequence(5)
+    with pytest.raises(CaptureError, match="0 of .* missing"):
+        assemble([(5, sequence.rows(0, sequence.length - 1, every_position=True))], sequence.done)
+
+
+def test_rows_of_another_prompt_do_not_count() -> None:
+    sequence = make_sequence(5)
+    with pytest.raises(CaptureError, match="prompt 5"):
+        assemble([(6, rows) for _, rows in steps_of(sequence)], sequence.done)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_rows_shifted_by_one_are_refused_by_the_engines_own_logprobs(shift: int) -> None:
+    for ordinal in range(20):
+        sequence = make_sequence(ordinal, 12)
+        shifted = replace(sequence, head=tuple(np.roll(part, shift, axis=0) for part in sequence.head))
+        with pytest.raises(CaptureError, match=rf"prompt {ordinal}: row \d+ is not the distribution that token"):
+            whole(shifted)
+
+
+def test_tokens_shifted_by_one_are_refused_too() -> None:
+    sequence = make_sequence(4, 12)
+    tokens = sequence.done.token_ids
+    moved = msgspec.structs.replace(sequence.done, token_ids=[*tokens[1:], tokens[0]])
+    with pytest.raises(CaptureError, match="is not the distribution"):
+        whole(replace(sequence, done=moved))
+
+
+def test_the_check_against_the_engine_has_the_stated_tolerance() -> None:
+    sequence = make_sequence(7)
+    for factor, refused in ((0.9, False), (1.1, True)):
+        off = [lp + factor * NEXT_LOGPROB_TOLERANCE for lp in sequence.done.next_logprobs[:1]]
+        done = msgspec.structs.replace(sequence.done, next_logprobs=off + sequence.done.next_logprobs[1:])
+        if refused:
+            with pytest.raises(CaptureError, match="row 0 is not the distribution that token 0"):
+                whole(replace(sequence, done=done))
+        else:
+            assert whole(replace(sequence, done=done)).next_logprob_R[0] == np.float32(off[0])
+
+
+@pytest.mark.parametrize("change", [lambda lps: lps[:-1], lambda lps: [*lps, -1.0]])
+def test_another_number_of_sampled_tokens_than_rows_is_refused(change: Any) -> None:
+    sequence = make_sequence(7)
+    done = msgspec.structs.replace(sequence.done, next_logprobs=change(sequence.done.next_logprobs))
+    with pytest.raises(CaptureError, match=r"reported \d+ sampled tokens, \d+ rows were captured"):
+        whole(replace(sequence, done=done))
+
+
+def test_a_token_whose_logprob_nobody_knows_is_refused() -> None:
+    sequence = make_sequence(7)
+    with pytest.raises(NotFiniteError, match="prompt 7: .* next_logprob_R"):
+        whole(replace(sequence, done=msgspec.structs.replace(sequence.done, next_logprobs=[])))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("field", [1, 2, 3])
+def test_a_value_that_is_not_finite_is_refused_as_such(field: int, value: float) -> None:
+    sequence = make_sequence(8, given_text=True)
+    row = int(np.flatnonzero(sequence.done.loss_mask[1:])[0])
+    sequence.head[field][row, ...] = value
+    with pytest.raises((NotFiniteError, CaptureError)) as caught:
+        whole(sequence)
+    assert isinstance(caught.value, NotFiniteError) or value == np.inf
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_state_that_is_not_finite_is_refused_with_layer_and_position(value: float) -> None:
+    sequence = make_sequence(8)
+    sequence.hidden_TLH[4, 1, 2] = value
+    with pytest.raises(NotFiniteError, match="prompt 8: layer 4 is not finite at 1 positions, the first at position 4"):
+        whole(sequence)
+
+
+def test_what_is_not_finite_past_the_end_does_not_matter() -> None:
+    sequence = make_sequence(8)
+    wanted = whole(sequence)
+    sequence.hidden_TLH[sequence.length - 1:] = np.nan
+    assert_equal(assemble([(8, sequence.rows(0, sequence.length + 2))], sequence.done), wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_prompt_that_ended_without_a_supervised_token_is_refused(tokens: int) -> None:
+    done = FinishedTrace(9, "p9", None, "abort", list(range(tokens)), [False] * tokens, [])
+    for steps in ([], [(9, make_sequence(9).rows(0, 2))]):
+        with pytest.raises(CaptureError, match="prompt 9"):
+            assemble(steps, done)
+
+
+def test_a_dropped_prompt_is_forgotten() -> None:
+    sequence = make_sequence(5)
+    assembler = Assembler(LAYERS)
+    assembler.add(5, sequence.rows(0, 4))
+    assembler.drop(5)
+    assembler.add(5, sequence.rows(0, sequence.length - 1))
+    assert_equal(assembler.finish(sequence.done), whole(sequence))
+    with pytest.raises(CaptureError):
+        assembler.finish(sequence.done)
