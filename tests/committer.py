@@ -1,11 +1,14 @@
 """A process for tests to kill, race or starve: commits what a donor dataset holds into another root.
 
     python committer.py DONOR ROOT [BYTES]
+    python committer.py DONOR ROOT --fork
 
-Prints a line after its first commit, when everything is warm. BYTES limits the size of any file it writes. Imports the
-store alone, so that it starts quickly.
+Prints a line with its process id after each commit. BYTES limits the size of any file it writes. With --fork, each line
+on stdin starts an attempt in a fork, and `gone` is printed when it is dead: an attempt then costs no start of Python.
+Imports the store alone.
 """
 
+import os
 import resource
 import sys
 
@@ -29,18 +32,28 @@ def main() -> None:
     donor, root = LocalRoot(sys.argv[1]), LocalRoot(sys.argv[2])
     run = require_run(root)
     done = committed_shards(root)
-    if len(sys.argv) > 3:
+    if sys.argv[3:] not in ([], ["--fork"]):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
     for shard in range(num_shards(run)):
         if shard in done:
             adopt_shard(root, run, shard)
         else:
             copy_shard(donor, root, run, shard)
-            print("warm", flush=True)
+            print(os.getpid(), flush=True)
+
+
+def fork_attempts() -> None:
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            main()
+            os._exit(0)
+        os.waitpid(child, 0)
+        print("gone", flush=True)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        fork_attempts() if sys.argv[3:] == ["--fork"] else main()
     except DistillPipeError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -5,6 +5,7 @@ Shapes: T tokens, R supervised rows, n rows of one step, V vocabulary, H hidden 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ EXTRA = 3
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class Fed:
     """What an engine computes for one prompt: every position, and `EXTRA` positions past the end."""
 
     done: FinishedTrace
@@ -44,7 +45,7 @@ class Sequence_:
         return len(self.done.token_ids)
 
 
-def make_sequence(ordinal: int, length: int = 9, given_text: bool = False, top_k: int = TOP_K) -> Sequence_:
+def make_sequence(ordinal: int, length: int = 9, given_text: bool = False, top_k: int = TOP_K) -> Fed:
     random = np.random.default_rng(ordinal)
     total = length + EXTRA
     logits_TV = torch.from_numpy(random.normal(0, 2, (total, VOCAB)).astype(np.float32))
@@ -61,7 +62,7 @@ def make_sequence(ordinal: int, length: int = 9, given_text: bool = False, top_k
     sampled = [] if given_text else [float(next_T[p]) for p in range(length - 1) if mask[p + 1]]
     done = FinishedTrace(ordinal, f"p{ordinal}", "domain", "given" if given_text else "stop",
                          tokens[:length].tolist(), mask, sampled)
-    return Sequence_(done, (*reduced, captured_T), random.normal(size=(total, 2, HIDDEN)).astype(np.float32))
+    return Fed(done, (*reduced, captured_T), random.normal(size=(total, 2, HIDDEN)).astype(np.float32))
 
 
 def assemble(steps: Sequence[tuple[int, StepRows]], done: FinishedTrace, layers: Sequence[int] = LAYERS) -> Trace:
@@ -71,7 +72,7 @@ def assemble(steps: Sequence[tuple[int, StepRows]], done: FinishedTrace, layers:
     return assembler.finish(done)
 
 
-def whole(sequence: Sequence_) -> Trace:
+def whole(sequence: Fed) -> Trace:
     return assemble([(sequence.done.ordinal, sequence.rows(0, sequence.length - 1))], sequence.done)
 
 
@@ -115,7 +116,7 @@ def test_any_split_into_steps_in_any_order_assembles_the_same_trace(data: st.Dat
         stop = sequence.length - 1 + data.draw(st.integers(0, EXTRA))
         cuts = sorted(data.draw(st.sets(st.integers(1, stop - 1)))) if stop > 1 else []
         edges = [0, *cuts, stop]
-        steps += [(sequence.done.ordinal, sequence.rows(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+        steps += [(sequence.done.ordinal, sequence.rows(a, b)) for a, b in pairwise(edges)]
     assembler = Assembler(LAYERS)
     for ordinal, rows in data.draw(st.permutations(steps)):
         assembler.add(ordinal, rows)
@@ -126,8 +127,8 @@ def test_any_split_into_steps_in_any_order_assembles_the_same_trace(data: st.Dat
 def test_head_and_hidden_rows_may_come_in_steps_of_their_own() -> None:
     sequence = make_sequence(2)
     all_rows = sequence.rows(0, sequence.length - 1)
-    apart = [(2, replace(all_rows, hidden_nLH=None)), (2, replace(all_rows, positions_n=np.empty(0, np.int64), head=()))]
-    assert_equal(assemble(apart, sequence.done), whole(sequence))
+    head, states = replace(all_rows, hidden_nLH=None), replace(all_rows, positions_n=np.empty(0, np.int64), head=())
+    assert_equal(assemble([(2, head), (2, states)], sequence.done), whole(sequence))
 
 
 def test_without_layers_no_states_are_needed_or_kept() -> None:
@@ -136,7 +137,7 @@ def test_without_layers_no_states_are_needed_or_kept() -> None:
     assert assemble([(2, rows)], sequence.done, layers=()).hidden == {}
 
 
-def steps_of(sequence: Sequence_) -> list[tuple[int, StepRows]]:
+def steps_of(sequence: Fed) -> list[tuple[int, StepRows]]:
     return [(sequence.done.ordinal, sequence.rows(p, p + 1)) for p in range(sequence.length - 1)]
 
 
@@ -162,13 +163,13 @@ def test_a_missing_row_is_not_made_up_for_by_a_doubled_one() -> None:
     sequence = make_sequence(5)
     steps = steps_of(sequence)
     steps[-1] = steps[-2]
-    with pytest.raises(CaptureError, match="1 of .* missing"):
+    with pytest.raises(CaptureError, match=r"1 of .* missing"):
         assemble(steps, sequence.done)
 
 
 def test_a_head_row_where_none_is_wanted_is_refused() -> None:
     sequence = make_sequence(5)
-    with pytest.raises(CaptureError, match="0 of .* missing"):
+    with pytest.raises(CaptureError, match=r"0 of .* missing"):
         assemble([(5, sequence.rows(0, sequence.length - 1, every_position=True))], sequence.done)
 
 
@@ -217,7 +218,7 @@ def test_another_number_of_sampled_tokens_than_rows_is_refused(change: Any) -> N
 
 def test_a_token_whose_logprob_nobody_knows_is_refused() -> None:
     sequence = make_sequence(7)
-    with pytest.raises(NotFiniteError, match="prompt 7: .* next_logprob_R"):
+    with pytest.raises(NotFiniteError, match=r"prompt 7: .* next_logprob_R"):
         whole(replace(sequence, done=msgspec.structs.replace(sequence.done, next_logprobs=[])))
 
 

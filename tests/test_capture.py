@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import prompt_records, stored_traces, succeed, write_corpus
+from runs import LAYERS, prompt_records, stored_traces, succeed, write_corpus
 
 from distill_pipe.produce.smollm2 import materialise_smollm2
 from distill_pipe.store.codec import bf16_values
@@ -20,7 +20,6 @@ from distill_pipe.store.trace import Trace
 pytestmark = pytest.mark.engine
 
 GRID = 1 / 32
-LAYERS = (0, 2, 15, 30)
 
 
 @dataclass(frozen=True)
@@ -68,34 +67,6 @@ def load(dtype: torch.dtype) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def exact_model() -> torch.nn.Module:
     return load(torch.float32)
-
-
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Responses written by the float32 target, captured while it decodes; two shards in flight."""
-    folder = tmp_path_factory.mktemp("generated")
-    corpus = write_corpus(folder / "c.jsonl", prompt_records())
-    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out", "--layers",
-            ",".join(map(str, LAYERS)), "--hidden-codec", "f32", "--set", "sampling.max_tokens=24", "--set",
-            "prompts_per_shard=4", "--set", "max_num_seqs=4")
-    return folder / "out"
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Given responses scored by the float32 target, in small prefill chunks; one conversation has two turns."""
-    folder = tmp_path_factory.mktemp("scored")
-    records: list[dict[str, object]] = [
-        {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."},
-                      {"role": "user", "content": "Another one, please."},
-                      {"role": "assistant", "content": "Green, like the moss on an old wall."}]},
-        {"prompt": "Count to ten.", "completion": "One, two, three, four, five, six, seven, eight, nine, ten."},
-    ]
-    corpus = write_corpus(folder / "c.jsonl", records)
-    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out",
-            "--responses", "corpus", "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "f32",
-            "--set", "capture.logprob_grid=0")
-    return folder / "out"
 
 
 def both(generated: Path, scored: Path) -> Iterator[tuple[Trace, float]]:

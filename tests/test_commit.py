@@ -3,8 +3,10 @@
 Processes are really killed and disks are really full; see `committer.py` for the process.
 """
 
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -272,28 +274,33 @@ def test_a_file_size_limit_ends_in_the_same_error_and_a_rerun_completes(tmp_path
 
 def test_killing_the_committing_process_again_and_again_leaves_a_dataset_that_a_rerun_completes(tmp_path: Path) -> None:
     shape = Shape(prompts_per_shard=1)
-    make_dataset(tmp_path / "donor", 200, shape)
-    run, root = start_run(tmp_path / "out", 200, shape), LocalRoot(tmp_path / "out")
+    make_dataset(tmp_path / "donor", 80, shape)
+    run, root = start_run(tmp_path / "out", 80, shape), LocalRoot(tmp_path / "out")
     chance = random.Random(0)
     line = [*COMMITTER, tmp_path / "donor", root.path]
     progress = []
-    for _ in range(KILLS):
-        with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "warm\n"
-            time.sleep(chance.uniform(0, 0.06))
-            process.kill()
-        progress.append(len(committed_shards(root)))
-        if len(progress) % 5 == 0:
-            report = verify(root)
-            assert report.problems == ()
-            assert (report.traces, report.missing_prompts) == (progress[-1], 200 - progress[-1])
+    with subprocess.Popen([*line, "--fork"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        for _ in range(KILLS):
+            server.stdin.write("\n")
+            server.stdin.flush()
+            victim = int(server.stdout.readline())
+            time.sleep(chance.uniform(0, 0.03))
+            os.kill(victim, signal.SIGKILL)
+            while server.stdout.readline() != "gone\n":
+                pass
+            progress.append(len(committed_shards(root)))
+            if len(progress) % 5 == 0:
+                report = verify(root)
+                assert report.problems == ()
+                assert (report.traces, report.missing_prompts) == (progress[-1], 80 - progress[-1])
     assert progress == sorted(progress)
-    assert KILLS < progress[-1] < 200, "the kills must fall among the commits"
+    assert KILLS < progress[-1] < 80, "the kills must fall among the commits"
     subprocess.run(line, check=True, capture_output=True)
     report = verify(root)
     assert report.clean
-    assert report.traces == 200
+    assert report.traces == 80
     for found, wanted in zip(stored_traces(root.path), stored_traces(tmp_path / "donor"), strict=True):
         assert found.ordinal == wanted.ordinal
         assert np.array_equal(found.topk_logprobs_N, wanted.topk_logprobs_N)

@@ -60,11 +60,11 @@ def read_prompts(paths: Sequence[Path], responses: Responses, limit: int | None)
     ordinal = 0
     for path in paths:
         for where, record in _records(path):
-            if limit is not None and ordinal == limit:
-                return
             messages = _fit(_messages(record, where), responses, where)
             yield PlannedPrompt(ordinal, _prompt_id(record, messages), _domain(record, where), messages)
             ordinal += 1
+            if ordinal == limit:
+                return
 
 
 def _records(path: Path) -> Iterator[tuple[str, Record]]:

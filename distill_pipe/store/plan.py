@@ -68,8 +68,11 @@ def read_planned_shard(root: LocalRoot, run: Run, shard: int) -> list[PlannedPro
     part = run.plan[shard // SHARDS_PER_PART]
     try:
         with pq.ParquetFile(root.local(part.name), page_checksum_verification=True) as file:
-            prompts = list(_prompts(file.read_row_group(shard % SHARDS_PER_PART)))
-    except (OSError, pa.ArrowException, IndexError, KeyError, UnicodeDecodeError, msgspec.DecodeError) as error:
+            table = file.read_row_group(shard % SHARDS_PER_PART)
+            if not table.schema.equals(_SCHEMA):
+                raise MismatchError(f"{root}/{part.name} does not have the columns of a plan")
+            prompts = list(_prompts(table))
+    except (OSError, pa.ArrowException, IndexError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise MismatchError(f"{root}/{part.name} cannot be read: {error}; the plan is part of the dataset and must be "
                             "restored from a copy") from error
     first, stop = shard_range(run, shard)

@@ -1,0 +1,31 @@
+"""Datasets that several test files read, each made once by the real command line."""
+
+from pathlib import Path
+
+import pytest
+from runs import GENERATE, LONG_PROMPT, PROMPTS, SCORE, prompt_records, succeed, write_corpus
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Responses written by the float32 target, captured while it decodes; two shards in flight. The last prompt does
+    not fit the context."""
+    folder = tmp_path_factory.mktemp("generated")
+    corpus = write_corpus(folder / "c.jsonl", prompt_records((*PROMPTS, LONG_PROMPT)))
+    succeed("generate", "--corpus", corpus, "--out", folder / "out", *GENERATE)
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Given responses scored by the float32 target; one conversation has two turns."""
+    folder = tmp_path_factory.mktemp("scored")
+    records: list[dict[str, object]] = [
+        {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."},
+                      {"role": "user", "content": "Another one, please."},
+                      {"role": "assistant", "content": "Green, like the moss on an old wall."}]},
+        {"prompt": "Count to ten.", "completion": "One, two, three, four, five, six, seven, eight, nine, ten."},
+    ]
+    corpus = write_corpus(folder / "c.jsonl", records)
+    succeed("generate", "--corpus", corpus, "--out", folder / "out", *SCORE)
+    return folder / "out"

@@ -1,0 +1,189 @@
+"""The command line as its user meets it: one clear line and the documented exit code for every mistake, an untouched
+disk, and the facts it prints. Bad input is tried in this process; what needs the engine runs as a command of its own.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runs import GENERATE, PROMPTS, command, prompt_records, stored_traces, write_corpus
+
+from distill_pipe.cli import main
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.shard import read_table
+from distill_pipe.store.verify import verify
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Call `distill-pipe` in this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["distill-pipe", *map(str, args)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        captured = capsys.readouterr()
+        return int(done.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def corpus(tmp_path: Path, text: str = '{"prompt": "hello"}\n') -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("", "the file is empty"),
+    ("\n\n", "holds no records"),
+    ('{"prompt": "a"}\n{oops\n', "corpus.jsonl:2: this line is not JSON"),
+    ('{"prompt": "a"}\n["b"]\n', "corpus.jsonl:2: this line is JSON but not an object"),
+    ('{"text": "a"}\n', "corpus.jsonl:1: the record has none of the fields `messages`, `conversations`, `prompt`"),
+    ('{"prompt": " "}\n', "corpus.jsonl:1: the prompt is empty"),
+    ('{"messages": [{"role": "wizard", "content": "a"}]}\n', "corpus.jsonl:1: a turn has an unknown role"),
+])
+def test_a_bad_corpus_is_named_by_line_and_leaves_the_disk_untouched(cli, tmp_path, text, says) -> None:
+    code, out, err = cli("generate", "--target", "smollm2-135m", "--corpus", corpus(tmp_path, text), "--out",
+                         tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--corpus", "nowhere.jsonl"], "there is no such file"),
+    (["--target", "llama-9"], "unknown target 'llama-9': give one of smollm2-135m"),
+    (["--top-k", "49153"], "more than the 49152 tokens"),
+    (["--top-k", "0"], "$.capture.top_k"),
+    (["--layers", "2,31"], "layer 31 is out of range"),
+    (["--layers", "two"], "write numbers with commas"),
+    (["--responses", "corpus"], "corpus.jsonl:1: there is no response to score"),
+    (["--set", "capture.topk=3"], "unknown field `topk`"),
+    (["--set", "sampling"], "write it as name=value"),
+    (["--set", "max_model_len=9000"], "more than the 2048 tokens"),
+    (["--job", "nowhere.yaml"], "job file nowhere.yaml cannot be read"),
+    (["--out", "s3://bucket/data"], "only local folders"),
+])
+def test_a_bad_option_gets_one_line_with_the_fix(cli, tmp_path, options, says) -> None:
+    given = {"--target": "smollm2-135m", "--corpus": str(corpus(tmp_path)), "--out": str(tmp_path / "out")}
+    names, values = options[::2], options[1::2]
+    given |= dict(zip(names, values, strict=True))
+    code, out, err = cli("generate", *(part for pair in given.items() for part in pair))
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_with_other_things_in_it_is_refused_and_left_alone(cli, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    code, _, err = cli("generate", "--target", "smollm2-135m", "--corpus", corpus(tmp_path), "--out", tmp_path / "out")
+    assert code == 2
+    assert "is not a distill-pipe dataset" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(cli, tmp_path) -> None:
+    code, out, _ = cli("generate", "--target", "smollm2-135m", "--corpus", corpus(tmp_path), "--out", tmp_path / "out",
+                       "--dry-run", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["prompts"], facts["shards"], facts["layers"]) == (1, 1, [2, 15, 27, 30])
+    assert facts["hidden_bytes_per_token"] == 4 * 576 * 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_on_a_folder_that_is_no_dataset_say_so(cli, tmp_path) -> None:
+    for name in ("status", "verify", "inspect"):
+        code, _, err = cli(name, tmp_path)
+        assert code == 4
+        assert "it has no run.json" in err
+
+
+@pytest.mark.engine
+def test_another_run_in_the_same_folder_is_refused_with_the_fields_that_differ(cli, generated) -> None:
+    before = sorted(p for p in generated.rglob("*"))
+    code, _, err = cli("generate", "--corpus", generated.parent / "c.jsonl", "--out", generated, *GENERATE, "--top-k",
+                       "16")
+    assert code == 4
+    assert "capture.top_k: stored 32, given 16" in err
+    assert sorted(p for p in generated.rglob("*")) == before
+
+
+@pytest.mark.engine
+def test_a_finished_run_is_finished_at_once_and_nothing_is_written_again(cli, generated) -> None:
+    before = {p: p.stat().st_mtime_ns for p in generated.rglob("*.parquet")}
+    code, out, _ = cli("generate", "--corpus", generated.parent / "c.jsonl", "--out", generated, *GENERATE, "--json")
+    assert code == 0
+    assert json.loads(out)["shards_done"] == 2
+    assert {p: p.stat().st_mtime_ns for p in generated.rglob("*.parquet")} == before
+
+
+@pytest.mark.engine
+def test_a_prompt_over_the_context_length_is_quarantined_and_the_run_goes_on(cli, generated) -> None:
+    report = verify(LocalRoot(generated))
+    assert report.clean, report
+    assert (report.traces, report.quarantined) == (len(PROMPTS), 1)
+    [quarantine] = (generated / "_quarantine").rglob("*.parquet")
+    [row] = read_table(quarantine).to_pylist()
+    assert (row["ordinal"], row["code"]) == (len(PROMPTS), "too_long")
+    assert "do not fit the context length of 128" in row["message"]
+    code, _, err = cli("inspect", generated, "--trace", len(PROMPTS))
+    assert code == 2
+    assert "was quarantined" in err
+
+
+@pytest.mark.engine
+def test_inspect_shows_tokens_candidates_and_tail_mass(cli, generated) -> None:
+    code, out, _ = cli("inspect", generated, "--trace", 0, "--json")
+    rows = json.loads(out)
+    [trace] = [t for t in stored_traces(generated) if t.ordinal == 0]
+    assert code == 0
+    assert [row["token_id"] for row in rows] == trace.token_ids_T.tolist()
+    first = rows[int(trace.positions_R[0])]
+    assert first["candidates"][0][0] == trace.topk_ids_N[0]
+    assert first["tail_mass"] == pytest.approx(float(trace.tail_mass_R[0]))
+    assert rows[-1]["candidates"] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.engine
+def test_a_full_disk_ends_the_run_cleanly_and_the_same_command_goes_on_with_more_room(small_disk, tmp_path) -> None:
+    line = ("generate", "--corpus", write_corpus(tmp_path / "c.jsonl", prompt_records(PROMPTS[:2])), "--out",
+            small_disk / "out", *GENERATE, "--set", "sampling.temperature=0")
+    full = command(*line)
+    assert full.returncode == 5, full.stderr
+    assert "No space left on device; free some room, then run the same command again" in full.stderr.splitlines()[-1]
+    assert not [p for p in (small_disk / "out" / ".tmp").rglob("*") if p.is_file()]
+    assert not list((small_disk / "out").rglob("shard-*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert command(*line).returncode == 0
+    assert verify(LocalRoot(small_disk / "out")).clean
+    [answer] = [t for t in stored_traces(small_disk / "out") if t.ordinal == 0]
+    assert "Paris" in decoded(answer.token_ids_T[answer.loss_mask_T].tolist())
+
+
+def decoded(token_ids: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    from distill_pipe.produce.smollm2 import materialise_smollm2
+
+    return str(AutoTokenizer.from_pretrained(materialise_smollm2()).decode(token_ids))
