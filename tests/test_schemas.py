@@ -254,8 +254,6 @@ def test_a_shard_whose_prompts_are_all_quarantined_reads_as_the_format_says(tmp_
     validator("shard_info").validate(footer(root.local(shard_name(0))))
 
 
-@pytest.mark.xfail(strict=True, reason="traces_from_tables compares whole schemas, against sections 11 and 13 of "
-                                       "FORMAT.md: unknown columns are ignored, their order means nothing")
 def test_reader_ignores_unknown_columns_and_the_order_of_columns(dataset: LocalRoot) -> None:
     main = read_table(dataset.local(shard_name(0)))
     wider = main.select(main.column_names[::-1]).append_column("new", pa.array([1] * main.num_rows))

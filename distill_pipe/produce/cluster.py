@@ -6,8 +6,10 @@ finds what is left by listing. Nothing large passes through Ray.
 """
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,6 @@ class _Replica:
 class _Slot:
     """A place for an engine: its actor, what it is working on, and how often it died without finishing a shard."""
 
-    index: int
     actor: Any = None
     call: Any = None
     shards: set[int] = field(default_factory=set)
@@ -79,17 +80,19 @@ def run_on_ray(plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int],
     """
     import ray
 
-    _start_ray(ray, plan)
-    slots = [_Slot(i) for i in range(plan.workers)]
-    try:
-        while todo or any(slot.shards for slot in slots):
-            for slot in slots:
-                _feed(ray, slot, plan, run, root, todo)
-            calls = {slot.call: slot for slot in slots if slot.call is not None}
-            ready, _ = ray.wait(list(calls), num_returns=1)
-            _collect(ray, calls[ready[0]], todo, on_progress)
-    finally:
-        ray.shutdown()
+    slots = [_Slot() for _ in range(plan.workers)]
+    # Ray tells of dead workers on stdout, which belongs to the command's own output.
+    with redirect_stdout(sys.stderr):
+        _start_ray(ray, plan)
+        try:
+            while todo or any(slot.shards for slot in slots):
+                for slot in slots:
+                    _feed(ray, slot, plan, run, root, todo)
+                calls = {slot.call: slot for slot in slots if slot.call is not None}
+                ready, _ = ray.wait(list(calls), num_returns=1)
+                _collect(ray, calls[ready[0]], todo, on_progress)
+        finally:
+            ray.shutdown()
 
 
 def _start_ray(ray: Any, plan: ClusterPlan) -> None:

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
 
 from msgspec import Struct
 
@@ -52,15 +51,14 @@ def prepare(job: Job) -> tuple[Target, RunSpec]:
     Raises:
         UsageError: naming what to change.
     """
-    paths = [Path(p) for p in job.corpus]
-    files = corpus_files(paths)
+    files = corpus_files(job.corpus_files)
     target = resolve_target(job.target, job.revision, job.dtype)
     layers = target.default_layers if job.capture.layers is None else tuple(sorted(set(job.capture.layers)))
     _check_capture(job, target, layers)
     length = min(job.max_model_len or target.max_model_len, target.max_model_len)
-    prompts = sum(1 for _ in read_prompts(paths, job.responses, job.limit))
+    prompts = sum(1 for _ in read_prompts(job.corpus_files, job.responses, job.limit))
     if prompts == 0:
-        raise UsageError(f"corpus {', '.join(job.corpus)} holds no records")
+        raise UsageError(f"corpus {', '.join(map(str, job.corpus_files))} holds no records")
     capture = CaptureSpec(top_k=job.capture.top_k, tail_samples=job.capture.tail_samples, layers=layers,
                           hidden_codec=job.capture.hidden_codec, logprob_grid=job.capture.logprob_grid)
     spec = RunSpec(target=target.spec, corpus=CorpusSpec(files=files, prompts=prompts), responses=job.responses,
@@ -152,7 +150,7 @@ def freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
 
 
 def _parts(spec: RunSpec, job: Job) -> Iterator[Iterator[list[PlannedPrompt]]]:
-    prompts = read_prompts([Path(p) for p in job.corpus], job.responses, job.limit)
+    prompts = read_prompts(job.corpus_files, job.responses, job.limit)
     shards = -(-spec.corpus.prompts // spec.prompts_per_shard)
     for first in range(0, shards, SHARDS_PER_PART):
         count = min(SHARDS_PER_PART, shards - first)

@@ -28,10 +28,10 @@ class CaptureOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A job file. Paths are relative to where the command runs."""
+    """A job file. Paths are relative to where the command runs; what the command line gives may be left out."""
 
     target: str
-    corpus: tuple[str, ...]
+    corpus: str | tuple[str, ...]
     out: str
     responses: Responses = "target"
     limit: Annotated[int, Meta(ge=1)] | None = None
@@ -44,6 +44,11 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     workers: Annotated[int, Meta(ge=1)] = 1
     max_num_seqs: Annotated[int, Meta(ge=1)] = 64
     address: str | None = None
+
+    @property
+    def corpus_files(self) -> tuple[Path, ...]:
+        """The corpus, one file or several, in the order given."""
+        return (Path(self.corpus),) if isinstance(self.corpus, str) else tuple(map(Path, self.corpus))
 
 
 def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, object]) -> Job:
@@ -64,8 +69,6 @@ def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, o
     missing = [f"--{name}" for name in ("target", "corpus", "out") if plain.get(name) in (None, (), [])]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)} (or the same fields in a job file)")
-    if isinstance(plain["corpus"], str):
-        plain["corpus"] = [plain["corpus"]]
     try:
         return msgspec.convert(plain, Job)
     except msgspec.ValidationError as error:

@@ -19,6 +19,7 @@ class RunMeter:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._started = self._logged = time.monotonic()
+        self._engine_up: float | None = None
         self._bar: Progress | None = None
         self.prompts = self.tokens = self.rows = self.bytes = self.quarantined = self.total = 0
         self.shards: list[int] = []
@@ -30,6 +31,9 @@ class RunMeter:
         per_shard = run.spec.prompts_per_shard
         self.total = min(shards_left * per_shard, run.spec.corpus.prompts)
         self.shards_left = shards_left
+        if shards_left == 0:
+            yield
+            return
         if not self._console.is_terminal:
             self._console.print(f"{shards_left} shards to do, about {self.total} prompts; starting the engine",
                                 highlight=False)
@@ -44,6 +48,7 @@ class RunMeter:
 
     def update(self, step: Step) -> None:
         """Take in one step of a run."""
+        self._engine_up = self._engine_up or time.monotonic()
         self.prompts += step.prompts
         self.tokens += step.tokens
         for outcome in step.outcomes:
@@ -59,8 +64,8 @@ class RunMeter:
                                 f"{self.facts()}{self._eta()}", highlight=False)
 
     def facts(self) -> str:
-        """Tokens per second since the start, and bytes on disk per supervised row."""
-        rate = self.tokens / max(time.monotonic() - self._started, 1e-9)
+        """Tokens per second since the first engine answered, and bytes on disk per supervised row."""
+        rate = self.tokens / max(self._running_seconds(), 1.0)
         size = f", {self.bytes / self.rows:,.0f} B/row" if self.rows else ""
         return f"{rate:,.0f} tokens/s{size}"
 
@@ -68,10 +73,13 @@ class RunMeter:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
+    def _running_seconds(self) -> float:
+        return 0.0 if self._engine_up is None else time.monotonic() - self._engine_up
+
     def _eta(self) -> str:
         if not self.prompts:
             return ""
-        left = (self.total - self.prompts) * self.seconds / self.prompts
+        left = (self.total - self.prompts) * self._running_seconds() / self.prompts
         return f", {left:,.0f} s left"
 
     def _count(self, fragment: Fragment) -> None:

@@ -17,7 +17,7 @@ from distill_pipe.store.plan import PlannedPrompt, read_planned_shard
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
 
-MESSAGE_BYTES = 2000
+MESSAGE_CHARACTERS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ShardWorker:
                 self._engine.add(Request(prompt.ordinal, rendered.token_ids_T, mask))
             except (TemplateError, RequestError, _TooLongError) as error:
                 opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, _CODES[type(error)],
-                                                            str(error)[:MESSAGE_BYTES]))
+                                                            str(error)[:MESSAGE_CHARACTERS]))
                 continue
             opened.prompts[prompt.ordinal] = (prompt, rendered)
             opened.waiting.add(prompt.ordinal)
@@ -88,6 +88,7 @@ class ShardWorker:
         return rendered
 
     def _finish(self, response: Response) -> int:
+        """Hand a finished prompt on; returns how many of its tokens ran through the target."""
         shard = self._shard_of.pop(response.ordinal)
         opened = self._open[shard]
         prompt, rendered = opened.prompts.pop(response.ordinal)
@@ -96,8 +97,12 @@ class ShardWorker:
             token_ids += response.token_ids
             mask += [True] * len(response.token_ids)
             reason = response.finish_reason
-        self._engine.finish(shard, [FinishedTrace(prompt.ordinal, prompt.prompt_id, prompt.domain, reason, token_ids,
-                                                  mask, list(response.next_logprobs))])
+        if response.finish_reason in _WHOLE:
+            self._engine.finish(shard, [FinishedTrace(prompt.ordinal, prompt.prompt_id, prompt.domain, reason,
+                                                      token_ids, mask, list(response.next_logprobs))])
+        else:
+            opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, "engine",
+                                                        f"the engine ended with {response.finish_reason!r}"))
         opened.waiting.discard(response.ordinal)
         self._commit_if_whole(shard)
         return len(token_ids)
@@ -111,4 +116,5 @@ class _TooLongError(ValueError):
     """The prompt does not fit the target's context."""
 
 
+_WHOLE = ("stop", "length")
 _CODES = {TemplateError: "template", RequestError: "engine", _TooLongError: "too_long"}

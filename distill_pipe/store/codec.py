@@ -6,7 +6,7 @@ schema metadata and the trace's own length. Parquet's zstd is the entropy stage.
 | codec        | bytes of bf16 | error                                                                  |
 |--------------|---------------|------------------------------------------------------------------------|
 | `f32`        | 2.0           | 0                                                                      |
-| `bf16`       | 1.0           | 0 for a bf16 engine; 2^-8 relative per element for a float32 engine    |
+| `bf16`       | 1.0           | 0 for a bf16 engine; 2^-8 relative per element for a float32 or float16 one    |
 | `bf16-split` | ~0.7          | as `bf16`: the same bits, exponents and mantissas in planes of their own |
 
 bfloat16 travels as its bits in uint16, because numpy has no such type and the store does not import torch.

@@ -90,7 +90,7 @@ def fragment_name(shard: int) -> str:
 
 
 def encode_record(record: Struct) -> bytes:
-    """A record as canonical JSON."""
+    """A record as JSON for people: fields in order, one per line."""
     return msgspec.json.format(msgspec.json.encode(record, order="deterministic"), indent=1) + b"\n"
 
 
@@ -151,14 +151,18 @@ def decode_record(data: bytes, kind: type[Record], where: str) -> Record:
         MismatchError: the format version is unknown, or a field is missing, unknown or of the wrong type.
     """
     try:
-        version = msgspec.json.decode(data, type=_Version).format_version
-        if version not in (None, FORMAT_VERSION):
-            raise MismatchError(f"{where} has format version {version}; this distill-pipe reads version "
-                                f"{FORMAT_VERSION}. Install a newer one.")
+        record = msgspec.json.decode(data, type=_Version)
+        for version in (record.format_version, record.info.format_version if record.info else None):
+            if version not in (None, FORMAT_VERSION):
+                raise MismatchError(f"{where} has format version {version}; this distill-pipe reads version "
+                                    f"{FORMAT_VERSION}. Install a newer one.")
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MismatchError(f"{where} cannot be read: {error}") from error
 
 
 class _Version(Struct):
+    """The version of a record, or of the one that a fragment wraps."""
+
     format_version: int | None = None
+    info: "_Version | None" = None

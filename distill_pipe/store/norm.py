@@ -16,7 +16,7 @@ def write_final_norm(root: LocalRoot, weight_H: NDArray[np.float32]) -> None:
     """Store the weight unless it is there already."""
     with root.scratch() as folder:
         pq.write_table(pa.table({"weight": pa.array(weight_H, pa.float32())}), folder / "norm",
-                       write_page_checksum=True)
+                       compression="zstd", use_dictionary=False, write_page_checksum=True)
         root.create(folder / "norm", FINAL_NORM)
 
 

@@ -23,7 +23,7 @@ _SCHEMA = pa.schema([("ordinal", pa.int64()), ("prompt_id", pa.string()), ("doma
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation. Roles are `system`, `user`, `assistant`, `tool`."""
+    """One turn of a conversation. Roles are `system`, `developer`, `user`, `assistant`, `tool`."""
 
     role: str
     content: str
@@ -67,7 +67,8 @@ def read_planned_shard(root: LocalRoot, run: Run, shard: int) -> list[PlannedPro
     """
     part = run.plan[shard // SHARDS_PER_PART]
     try:
-        with pq.ParquetFile(root.local(part.name), page_checksum_verification=True) as file:
+        with pq.ParquetFile(root.local(part.name), page_checksum_verification=True,
+                            arrow_extensions_enabled=False) as file:
             table = file.read_row_group(shard % SHARDS_PER_PART)
             if not table.schema.equals(_SCHEMA):
                 raise MismatchError(f"{root}/{part.name} does not have the columns of a plan")

@@ -156,8 +156,7 @@ def traces_from_tables(main: pa.Table, hidden: pa.Table | None, info: SidecarInf
             rows are not the main shard's.
         CaptureError: a row violates the invariants of `Trace`.
     """
-    if not main.schema.equals(MAIN_SCHEMA):
-        raise DamageError("the columns are not those of a main shard")
+    main = _main_columns(main)
     if hidden is not None and hidden["ordinal"] != main["ordinal"]:
         raise DamageError("the hidden-state sidecar does not hold the traces of its main shard")
     flats = {f.name: _flat(main[f.name]) for f in MAIN_SCHEMA if pa.types.is_list(f.type)}
@@ -183,6 +182,15 @@ def capture_sidecar_info(capture: CaptureSpec, hidden_size: int, fingerprint: st
     """The sidecar record that a run's capture settings imply."""
     return SidecarInfo(fingerprint=fingerprint, shard=shard, codec=capture.hidden_codec, hidden_size=hidden_size,
                        layers=capture.layers)
+
+
+def _main_columns(table: pa.Table) -> pa.Table:
+    """The columns of a main shard in our order; others, which a later version may add, are ignored."""
+    for field in MAIN_SCHEMA:
+        found = table.schema.field(field.name).type if field.name in table.column_names else None
+        if found != field.type:
+            raise DamageError(f"column {field.name} is {found or 'missing'}, expected {field.type}")
+    return table.select(MAIN_SCHEMA.names)
 
 
 def _attribute(column: str) -> str:
@@ -229,7 +237,8 @@ def _write(path: Path, table: pa.Table, dictionary: list[str]) -> None:
 
 def _metadata(path: Path) -> bytes:
     try:
-        metadata: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
+        with pq.ParquetFile(path, arrow_extensions_enabled=False) as file:
+            metadata: dict[bytes, bytes] = file.schema_arrow.metadata or {}
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DamageError(f"{path} cannot be read: {error}") from error
     if METADATA_KEY not in metadata:

@@ -11,10 +11,18 @@ from msgspec import Struct
 
 from distill_pipe.errors import DistillPipeError, MismatchError
 from distill_pipe.store.commit import HIDDEN, QUARANTINE, listed_shards, shard_fragment
-from distill_pipe.store.manifest import FileRef, Fragment, Run, require_run
+from distill_pipe.store.manifest import FINAL_NORM, FileRef, Fragment, Run, require_run
+from distill_pipe.store.norm import read_final_norm
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_shard_info, read_sidecar_info, read_table, sha256_of, traces_from_tables
+from distill_pipe.store.shard import (
+    capture_sidecar_info,
+    read_shard_info,
+    read_sidecar_info,
+    read_table,
+    sha256_of,
+    traces_from_tables,
+)
 
 
 class Report(Struct, frozen=True, kw_only=True):
@@ -47,7 +55,7 @@ def verify(root: LocalRoot) -> Report:
     run = require_run(root)
     found, strangers = listed_shards(root)
     seen: dict[int, int] = {}
-    problems = list(_plan_problems(root, run))
+    problems = list(_root_problems(root, run))
     problems += [f"{root}/{name} is not a shard of this dataset, yet lies where its readers look" for name in strangers]
     totals = [0, 0, 0, 0]
     referenced: set[str] = set()
@@ -70,12 +78,22 @@ def verify(root: LocalRoot) -> Report:
                   doubled_prompts=sum(n > 1 for n in seen.values()), orphans=orphans, problems=tuple(problems))
 
 
-def _plan_problems(root: LocalRoot, run: Run) -> Iterator[str]:
+def _root_problems(root: LocalRoot, run: Run) -> Iterator[str]:
+    """What is wrong with the files that belong to no shard: the plan, and the final norm where it was stored."""
     for ref in run.plan:
         try:
             _check_file(root, ref)
         except DistillPipeError as error:
             yield str(error)
+    if root.size(FINAL_NORM) is None:
+        return
+    try:
+        width = len(read_final_norm(root))
+    except (DistillPipeError, KeyError) as error:
+        yield str(error)
+    else:
+        if width != run.spec.target.hidden_size:
+            yield f"{root.local(FINAL_NORM)} has {width} entries, expected {run.spec.target.hidden_size}"
 
 
 def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list[int], list[int]]:
@@ -92,8 +110,12 @@ def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list
         _check_file(root, fragment.info.hidden)
         hidden_path = root.local(fragment.info.hidden.name)
         hidden, sidecar = read_table(hidden_path), read_sidecar_info(hidden_path)
+        if sidecar != capture_sidecar_info(run.spec.capture, run.spec.target.hidden_size, run.fingerprint, shard):
+            raise MismatchError(f"{hidden_path} does not hold what its run captures of shard {shard}")
     traced = []
     for trace in traces_from_tables(main, hidden, sidecar):
+        if hidden is not None and tuple(trace.hidden) != run.spec.capture.layers:
+            raise MismatchError(f"{path}: trace {trace.ordinal} lacks hidden states of some layers")
         traced.append(trace.ordinal)
     given_up: list[int] = []
     if fragment.info.quarantine is not None:

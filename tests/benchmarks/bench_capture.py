@@ -8,7 +8,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 from runs import PROMPTS, prompt_records, stored_traces, write_corpus
 
-from distill_pipe.produce.chat import Renderer
+from distill_pipe.produce.chat import RenderedPrompt, Renderer
 from distill_pipe.produce.engine import EngineResources
 from distill_pipe.produce.generate import freeze, prepare
 from distill_pipe.produce.job import load_job
 from distill_pipe.produce.vllm_engine import VllmEngine
 from distill_pipe.produce.worker import ShardWorker
 from distill_pipe.store.manifest import Run
+from distill_pipe.store.plan import Message
 from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.spec import Responses
 from distill_pipe.store.trace import Trace
 
 # vLLM runs inside this process, and warns as it is imported.
@@ -35,8 +37,8 @@ SETTINGS = [f"sampling.max_tokens={MAX_TOKENS}", "capture.layers=[2, 15, 27, 30]
 
 
 def new_run(folder: Path, name: str, corpus: Path, responses: str) -> tuple[str, LocalRoot, Run]:
-    job = load_job(None, SETTINGS, {"dtype": folder.name.rpartition("-")[2], "target": "smollm2-135m", "corpus": [str(corpus)], "out": str(folder / name),
-                                    "responses": responses})
+    job = load_job(None, SETTINGS, {"target": "smollm2-135m", "dtype": folder.name.rpartition("-")[2],
+                                    "corpus": [str(corpus)], "out": str(folder / name), "responses": responses})
     target, spec = prepare(job)
     root = LocalRoot(job.out)
     return target.model, root, freeze(root, spec, job)
@@ -112,9 +114,7 @@ class Replay(Renderer):
         self.tokenizer, self._special = renderer.tokenizer, renderer._special
         self._traces = iter(traces)
 
-    def render(self, messages, responses):  # type: ignore[no-untyped-def]
-        from distill_pipe.produce.chat import RenderedPrompt
-
+    def render(self, messages: Sequence[Message], responses: Responses) -> RenderedPrompt:  # noqa: ARG002 - Renderer's
         trace = next(self._traces)
         return RenderedPrompt(trace.token_ids_T.tolist(), trace.loss_mask_T.tolist())
 
