@@ -119,7 +119,7 @@ def _exactly_once(found: NDArray[np.int64], wanted: NDArray[np.int64], ordinal: 
 def _next_logprobs(done: FinishedTrace, wanted_R: NDArray[np.int64], captured_R: NDArray[np.float32],
                    token_ids_T: NDArray[np.int32], topk_ids_RK: NDArray[np.float32],
                    topk_lp_RK: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probability of each row's next token, checked against the head wherever the head holds that token."""
+    """Log-probability of each row's next token, checked against the head."""
     next_R = captured_R
     if done.next_logprobs:
         next_R = np.asarray(done.next_logprobs, np.float32)
@@ -127,10 +127,11 @@ def _next_logprobs(done: FinishedTrace, wanted_R: NDArray[np.int64], captured_R:
             raise CaptureError(f"prompt {done.ordinal}: the engine reported {len(next_R)} sampled tokens, "
                                f"{len(wanted_R)} rows were captured")
     hit_RK = topk_ids_RK == token_ids_T[wanted_R + 1][:, None]
-    in_head_R = hit_RK.any(1)
-    gap_R = np.abs(topk_lp_RK[hit_RK] - next_R[in_head_R])
+    # In the head a token has its own entry; outside it, it cannot be likelier than the head's last entry.
+    gap_R = np.where(hit_RK.any(1), np.abs(np.where(hit_RK, topk_lp_RK - next_R[:, None], 0).sum(1)),
+                     next_R - topk_lp_RK[:, -1])
     if (gap_R > NEXT_LOGPROB_TOLERANCE).any():
-        row = int(np.flatnonzero(in_head_R)[np.argmax(gap_R)])
+        row = int(gap_R.argmax())
         raise CaptureError(f"prompt {done.ordinal}: row {row} is not the distribution that token {row} of the response "
-                           f"was drawn from (log-probabilities differ by {gap_R.max():.3f})")
+                           f"was drawn from (log-probabilities differ by {gap_R[row]:.3f})")
     return next_R

@@ -16,9 +16,10 @@ import numpy as np
 
 from distill_pipe.errors import EngineError
 from distill_pipe.produce.assembly import FinishedTrace
-from distill_pipe.produce.capture import EXTRA_ARG, NO_TOKEN, Wanted
+from distill_pipe.produce.capture import EXTRA_ARG
 from distill_pipe.produce.engine import EngineResources, Request, RequestError, Response
 from distill_pipe.produce.sink import ShardOutcome
+from distill_pipe.produce.step import NO_TOKEN, Wanted
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
