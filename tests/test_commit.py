@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -220,15 +221,16 @@ def test_files_that_are_no_shards_are_not_taken_for_shards(root: LocalRoot, run:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
+def small_disk() -> Iterator[Path]:
+    """A file system of 1 MiB; not below `tmp_path`, which pytest moves away while another pytest is running."""
+    path = Path(tempfile.mkdtemp(prefix="small-disk-"))
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, text=True)
     if mounted.returncode:
+        path.rmdir()
         pytest.skip(f"needs root to mount a small disk: {mounted.stderr.strip()}")
     yield path
-    subprocess.run(["umount", path], check=True)
+    subprocess.run(["umount", "--lazy", path], check=True)
+    path.rmdir()
 
 
 def test_a_full_disk_leaves_nothing_of_a_shard_behind_however_little_room_there_was(small_disk: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_consumer_works_without_engine_and_without_producer() -> None:
 
 
 def test_the_engine_contract_works_without_an_engine() -> None:
-    import_blocked(["distill_pipe.produce.engine", "distill_pipe.produce.worker", "distill_pipe.produce.cluster"], HEAVY)
+    import_blocked([f"distill_pipe.produce.{name}" for name in ("engine", "worker", "cluster", "sink")], HEAVY)
 
 
 FORBIDDEN_MODULES = ("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib")

@@ -1,7 +1,7 @@
 """Rows of engine steps, picked and reduced, against the same rows computed directly.
 
-Catches rows taken from the wrong request of a batch, positions off by one, chunks of a prompt put together wrongly, rows
-captured twice after a preemption, and sampled rows that take another request's logits. The engine is a sequence of
+Catches rows taken from the wrong request of a batch, positions off by one, chunks of a prompt put together wrongly,
+rows captured twice after a preemption, and sampled rows that take another request's logits. The engine is a sequence of
 random steps over a linear head; whatever the steps, the traces must be the same.
 Shapes: T tokens, N rows of a step, L layers, H hidden size, V vocabulary.
 """

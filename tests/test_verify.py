@@ -11,9 +11,9 @@ from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
 from distill_pipe.errors import MismatchError
 from distill_pipe.store.commit import commit_shard, encode_trace
-from distill_pipe.store.manifest import RUN, Fragment, encode_record, fragment_name, read_fragment, shard_name
+from distill_pipe.store.manifest import RUN, FileRef, Fragment, encode_record, fragment_name, read_fragment, shard_name
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import QuarantinedPrompt
+from distill_pipe.store.shard import QuarantinedPrompt, read_table, sha256_of, write_main
 from distill_pipe.store.status import status
 from distill_pipe.store.verify import verify
 
@@ -150,6 +150,15 @@ def test_a_shard_of_another_run_is_named(root: LocalRoot, tmp_path: Path) -> Non
 def test_a_shard_beyond_the_plan_is_reported(root: LocalRoot) -> None:
     shutil.copy(root.local(shard_name(0)), root.local(shard_name(3)))
     assert only_problem(root) == "shard 3 is not in the plan, which ends at shard 2"
+
+
+def test_a_whole_and_well_hashed_shard_that_lacks_a_prompt_is_reported(root: LocalRoot) -> None:
+    path, own = root.local(shard_name(0)), fragment(root, 0)
+    info = msgspec.structs.replace(own.info, hidden=None)
+    write_main(path, read_table(path).slice(0, 3), info)
+    ref = FileRef(name=own.file.name, sha256=sha256_of(path), size=path.stat().st_size)
+    root.local(fragment_name(0)).write_bytes(encode_record(Fragment(file=ref, info=info)))
+    assert "not exactly those of its plan" in only_problem(root)
 
 
 def test_a_stranger_among_the_shards_is_reported(root: LocalRoot) -> None:
