@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from runs import GENERATE, LONG_PROMPT, PROMPTS, SCORE, prompt_records, succeed, write_corpus
+
+# How fast an example runs says something about the machine and its other users, and nothing about the code.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.verify import verify
 
 NUM_PROMPTS, PER_SHARD = 48, 2
-# Start-up takes 20 to 40 s and each shard a few; moments are drawn over the whole of a run.
-LONGEST_SECONDS = 60
+# Start-up takes 20 to 60 s and each shard a few. Every other moment lies in it, the rest after the next commit.
+STARTUP_SECONDS, WORKING_SECONDS = 30, 12
 GONE_SECONDS = 20
 
 
@@ -54,6 +54,17 @@ class Run:
             if self.mark.encode() in environ and ("_Replica" in name or "VLLM" in name):
                 found.append(process)
         return found
+
+    def wait_for(self, moments: random.Random, out: Path) -> bool:
+        """Wait for a random moment; False when the command ended before."""
+        working = moments.random() < 0.5
+        before = len(committed_files(out))
+        while working and len(committed_files(out)) == before and self.process.poll() is None:
+            time.sleep(0.2)
+        deadline = time.monotonic() + moments.uniform(0, WORKING_SECONDS if working else STARTUP_SECONDS)
+        while time.monotonic() < deadline and self.process.poll() is None:
+            time.sleep(0.05)
+        return self.process.poll() is None
 
     def kill_worker(self) -> bool:
         """SIGKILL the engine's process; False when there is none at the moment."""
@@ -101,13 +112,12 @@ def kill_drivers(tmp_path: Path, kills: int, seed: int) -> None:
     killed, done = 0, committed_files(out)
     while killed < kills or not finished(out):
         run = Run(corpus, out)
-        try:
-            code = run.process.wait(moments.uniform(1, LONGEST_SECONDS) if killed < kills else None)
-            assert code == 0, run.log.read_text()
-            assert_whole(out)
-        except subprocess.TimeoutExpired:
+        if killed < kills and run.wait_for(moments, out):
             run.kill_driver()
             killed += 1
+        else:
+            assert run.process.wait(600) == 0, run.log.read_text()
+            assert_whole(out)
         run.wait_until_gone()
         now = committed_files(out)
         assert done.items() <= now.items(), "a finished shard was written again"
@@ -133,8 +143,7 @@ def kill_workers(tmp_path: Path, kills: int, seed: int) -> None:
             out, done = out.with_name(f"after-{killed}-kills"), {}
         run = Run(corpus, out)
         while killed < kills and run.process.poll() is None:
-            time.sleep(moments.uniform(1, LONGEST_SECONDS))
-            if not run.kill_worker():
+            if not run.wait_for(moments, out) or not run.kill_worker():
                 continue
             killed += 1
             now = committed_files(out)

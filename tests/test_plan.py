@@ -22,8 +22,7 @@ from distill_pipe.store.plan import (
     shard_range,
     write_plan_part,
 )
-from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import sha256_of
+from distill_pipe.store.root import LocalRoot, sha256_of
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 messages = st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), texts)

@@ -12,8 +12,8 @@ from tiny_datasets import Shape, make_dataset, random_trace, start_run
 from distill_pipe.errors import MismatchError
 from distill_pipe.store.commit import commit_shard, encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Fragment, encode_record, fragment_name, read_fragment, shard_name
-from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import QuarantinedPrompt, read_table, sha256_of, write_main
+from distill_pipe.store.root import LocalRoot, sha256_of
+from distill_pipe.store.shard import QuarantinedPrompt, read_table, write_main
 from distill_pipe.store.status import status
 from distill_pipe.store.verify import verify
 

@@ -15,8 +15,7 @@ from distill_pipe.consume.sparse import PADDING, SparseTarget
 from distill_pipe.store.commit import commit_shard, encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Run, encode_record
 from distill_pipe.store.plan import Message, PlannedPrompt, num_shards, shard_range, write_plan_part
-from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import sha256_of
+from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, HiddenCodec, RunSpec, TargetSpec
 from distill_pipe.store.trace import Trace
 

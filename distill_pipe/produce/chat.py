@@ -89,7 +89,7 @@ class Renderer:
 
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-        except (jinja2.TemplateError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise TemplateError(f"the chat template refuses the conversation: {error}") from error
         return str(text)
 

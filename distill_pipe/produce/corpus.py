@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from distill_pipe.errors import UsageError
 from distill_pipe.store.plan import Message, PlannedPrompt
+from distill_pipe.store.root import sha256_of
 from distill_pipe.store.spec import CorpusFile, Responses
 
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -43,8 +44,10 @@ def corpus_files(paths: Sequence[Path]) -> tuple[CorpusFile, ...]:
             raise UsageError(f"corpus {path}: the file is empty")
         if not path.name.endswith(_SUFFIXES):
             raise UsageError(f"corpus {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}")
-        with open(path, "rb") as file:
-            files.append(CorpusFile(name=path.name, sha256=hashlib.file_digest(file, "sha256").hexdigest()))
+        try:
+            files.append(CorpusFile(name=path.name, sha256=sha256_of(path)))
+        except OSError as error:
+            raise UsageError(f"corpus {path} cannot be read: {error.strerror}") from None
     return tuple(files)
 
 

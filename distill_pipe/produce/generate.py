@@ -21,10 +21,19 @@ from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
 from distill_pipe.store.card import write_card
 from distill_pipe.store.commit import adopt_shard, committed_shards
-from distill_pipe.store.manifest import RUN, FileRef, Run, encode_record, read_run, require_run, require_same_run
+from distill_pipe.store.manifest import (
+    RUN,
+    FileRef,
+    Run,
+    check_file,
+    encode_record,
+    read_run,
+    require_run,
+    require_same_run,
+)
 from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
-from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_table, sha256_of
+from distill_pipe.store.root import LocalRoot, sha256_of
+from distill_pipe.store.shard import read_table
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, RunSpec
 
 # Failures of ours, not of the corpus: beyond this share the run stops, since something general is wrong.
@@ -77,6 +86,8 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     target, spec = prepare(job)
     run = read_run(root) or freeze(root, spec, job)
     require_same_run(root, run, spec)
+    for part in run.plan:
+        check_file(root, part)
     write_card(root, run)
     done = committed_shards(root)
     for shard in done:

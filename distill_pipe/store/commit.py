@@ -28,7 +28,7 @@ from distill_pipe.store.manifest import (
     sidecar_name,
 )
 from distill_pipe.store.plan import shard_range
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.shard import (
     QuarantinedPrompt,
     capture_sidecar_info,
@@ -36,7 +36,6 @@ from distill_pipe.store.shard import (
     main_table,
     read_shard_info,
     read_table,
-    sha256_of,
     traces_from_tables,
     write_main,
     write_quarantine,

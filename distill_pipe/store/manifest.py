@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from distill_pipe.errors import MismatchError
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.spec import FORMAT_VERSION, RunSpec, Sha256, spec_differences
 
 RUN = "run.json"
@@ -142,6 +142,22 @@ def read_fragment(root: LocalRoot, shard: int) -> Fragment | None:
         return decode_record(data, Fragment, fragment_name(shard))
     except MismatchError:
         return None
+
+
+def check_file(root: LocalRoot, ref: FileRef) -> None:
+    """Hold a file against its record.
+
+    Raises:
+        MismatchError: it is missing, or has another size or hash.
+    """
+    path = root.local(ref.name)
+    size = root.size(ref.name)
+    if size is None:
+        raise MismatchError(f"{path} is missing")
+    if size != ref.size:
+        raise MismatchError(f"{path} has {size} bytes, expected {ref.size}")
+    if sha256_of(path) != ref.sha256:
+        raise MismatchError(f"{path} has changed: its sha256 is not the one recorded")
 
 
 def decode_record(data: bytes, kind: type[Record], where: str) -> Record:

@@ -7,6 +7,7 @@ entry is fsynced before its name counts as taken.
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -119,6 +120,12 @@ class LocalRoot:
         target = self.local(name)
         _make_folders(target.parent)
         return target
+
+
+def sha256_of(path: Path) -> str:
+    """The content hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make_folders(folder: Path) -> None:

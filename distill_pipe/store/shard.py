@@ -7,7 +7,6 @@ itself. The trade-off for plain columns: about 14 % more bytes than a delta code
 Shapes: R supervised rows, N flat entries of all rows of all traces.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,12 +169,6 @@ def traces_from_tables(main: pa.Table, hidden: pa.Table | None, info: SidecarInf
         lists = {_attribute(name): values[offsets[i]:offsets[i + 1]] for name, (values, offsets) in flats.items()}
         yield Trace(ordinal=ordinal, prompt_id=prompt_ids[i], domain=domains[i], finish_reason=reasons[i],
                     hidden=layers, **lists)
-
-
-def sha256_of(path: Path) -> str:
-    """The content hash of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def capture_sidecar_info(capture: CaptureSpec, hidden_size: int, fingerprint: str, shard: int) -> SidecarInfo:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from distill_pipe.errors import DistillPipeError, MismatchError
 from distill_pipe.store.commit import HIDDEN, QUARANTINE, listed_shards, shard_fragment
-from distill_pipe.store.manifest import FINAL_NORM, FileRef, Fragment, Run, require_run
+from distill_pipe.store.manifest import FINAL_NORM, Fragment, Run, check_file, require_run
 from distill_pipe.store.norm import read_final_norm
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import LocalRoot
@@ -20,7 +20,6 @@ from distill_pipe.store.shard import (
     read_shard_info,
     read_sidecar_info,
     read_table,
-    sha256_of,
     traces_from_tables,
 )
 
@@ -82,7 +81,7 @@ def _root_problems(root: LocalRoot, run: Run) -> Iterator[str]:
     """What is wrong with the files that belong to no shard: the plan, and the final norm where it was stored."""
     for ref in run.plan:
         try:
-            _check_file(root, ref)
+            check_file(root, ref)
         except DistillPipeError as error:
             yield str(error)
     if root.size(FINAL_NORM) is None:
@@ -101,13 +100,13 @@ def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list
         raise MismatchError(f"shard {shard} is not in the plan, which ends at shard {num_shards(run) - 1}")
     fragment = shard_fragment(root, run, shard)
     path = root.local(fragment.file.name)
-    _check_file(root, fragment.file)
+    check_file(root, fragment.file)
     if read_shard_info(path) != fragment.info:
         raise MismatchError(f"{path}: its footer and its fragment disagree")
     main = read_table(path)
     hidden, sidecar = None, None
     if fragment.info.hidden is not None:
-        _check_file(root, fragment.info.hidden)
+        check_file(root, fragment.info.hidden)
         hidden_path = root.local(fragment.info.hidden.name)
         hidden, sidecar = read_table(hidden_path), read_sidecar_info(hidden_path)
         if sidecar != capture_sidecar_info(run.spec.capture, run.spec.target.hidden_size, run.fingerprint, shard):
@@ -119,19 +118,8 @@ def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list
         traced.append(trace.ordinal)
     given_up: list[int] = []
     if fragment.info.quarantine is not None:
-        _check_file(root, fragment.info.quarantine)
+        check_file(root, fragment.info.quarantine)
         given_up = read_table(root.local(fragment.info.quarantine.name))["ordinal"].to_pylist()
     if sorted(traced + given_up) != list(range(*shard_range(run, shard))):
         raise MismatchError(f"{path}: its traces and quarantined prompts are not exactly those of its plan")
     return fragment, traced, given_up
-
-
-def _check_file(root: LocalRoot, ref: FileRef) -> None:
-    path = root.local(ref.name)
-    size = root.size(ref.name)
-    if size is None:
-        raise MismatchError(f"{path} is missing")
-    if size != ref.size:
-        raise MismatchError(f"{path} has {size} bytes, expected {ref.size}")
-    if sha256_of(path) != ref.sha256:
-        raise MismatchError(f"{path} has changed: its sha256 is not the one recorded")
