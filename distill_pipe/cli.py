@@ -160,7 +160,7 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
 
 def main() -> None:
     """The console script: failures of ours end in one message and their exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except DistillPipeError as error:
@@ -178,8 +178,8 @@ def _generate(job: "Job", as_json: bool) -> None:
             run = run_job(job, lambda run, left: stack.enter_context(meter.running(run, left)), meter.update)
         except KeyboardInterrupt:
             stack.close()
-            _say("interrupted; the same command continues the run")
-            raise typer.Exit(130) from None
+            _say(f"{'terminated' if _Termination.asked else 'interrupted'}; the same command continues the run")
+            raise typer.Exit(143 if _Termination.asked else 130) from None
     store = LocalRoot(job.out)
     facts = read_status(store)
     if as_json:
@@ -261,9 +261,15 @@ class _TrainLines:
             _say(f"{step.progress:4.0%}  step {step.step}  loss {step.loss:.4f}  training alpha {step.alpha:.4f}")
 
 
-def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
-    _say("terminated; the same command continues the run")
-    sys.exit(143)
+class _Termination:
+    """SIGTERM takes the path of Ctrl-C: Ray turns whatever a handler raises into KeyboardInterrupt, or aborts."""
+
+    asked = False
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    _Termination.asked = True
+    raise KeyboardInterrupt
 
 
 def _say(text: str) -> None:

@@ -167,6 +167,24 @@ def test_a_worker_killed_twice_is_replaced_and_nothing_is_lost(tmp_path) -> None
     kill_workers(tmp_path, kills=2, seed=time.time_ns())
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize(("sent", "code", "says"), [(signal.SIGINT, 130, "interrupted; the same command continues"),
+                                                    (signal.SIGTERM, 143, "terminated; the same command continues")])
+def test_a_signal_ends_a_run_with_its_code_and_leaves_no_engine(tmp_path, sent, code, says) -> None:
+    corpus, out = dataset_parts(tmp_path)
+    run = Run(corpus, out)
+    while not run.engines():
+        assert run.process.poll() is None, run.log.read_text()
+        time.sleep(0.2)
+    run.process.send_signal(sent)
+    assert run.process.wait(60) == code
+    assert says in run.log.read_text()
+    assert "Traceback" not in run.log.read_text()
+    run.wait_until_gone()
+    report = verify(LocalRoot(out))
+    assert not report.problems
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
 def test_a_driver_killed_at_ten_random_moments(tmp_path) -> None:

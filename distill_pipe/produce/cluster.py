@@ -6,6 +6,7 @@ finds what is left by listing. Nothing large passes through Ray.
 """
 
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -101,10 +102,13 @@ def _start_ray(ray: Any, plan: ClusterPlan) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = {} if plan.address else {"num_cpus": max(plan.workers, os.cpu_count() or 1), "include_dashboard": False,
                                      "object_store_memory": _OBJECT_STORE_BYTES}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=plan.address or "local", log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(f"Ray cannot be reached at {plan.address or 'this machine'}: {error}") from error
+    # Ray puts a handler of its own in place, which ends the process before the run can be closed.
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int]) -> None:
