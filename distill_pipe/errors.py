@@ -5,7 +5,8 @@
     ├── QuarantineLimitError    3    more prompts were given up on than the run allows
     ├── MismatchError           4    the dataset belongs to another run, or is of another format
     ├── StorageFullError        5    no room (or quota) left for a shard; safe to run again
-    ├── EngineError             7    no engine could be started, or none is left
+    ├── EngineError             7    no engine is left
+    │   └── EngineStartError    7    the engine cannot be started with this target; trying again would not help
     ├── CaptureError            7    the engine's rows are incomplete or inconsistent; the shard was not written
     │   └── NotFiniteError      7    a value is NaN or infinite; during a run the prompt is quarantined instead
     └── DamageError             8    `verify`, or a reader, found missing or damaged data
@@ -50,6 +51,10 @@ class EngineError(DistillPipeError, RuntimeError):
     """No engine can do the work."""
 
     exit_code = 7
+
+
+class EngineStartError(EngineError):
+    """The engine refuses the target, its settings, or this machine."""
 
 
 class CaptureError(DistillPipeError, RuntimeError):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import prompt_records, succeed, write_corpus
+from runs import command, prompt_records, succeed, write_corpus
 
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.manifest import shard_name
@@ -183,6 +183,16 @@ def test_a_signal_ends_a_run_with_its_code_and_leaves_no_engine(tmp_path, sent, 
     run.wait_until_gone()
     report = verify(LocalRoot(out))
     assert not report.problems
+
+
+@pytest.mark.engine
+def test_an_engine_that_cannot_start_ends_the_run_at_once_with_the_reason(tmp_path) -> None:
+    corpus, out = dataset_parts(tmp_path)
+    done = command("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", out, "--set", "dtype=float99")
+    assert done.returncode == 7
+    assert "error: vLLM cannot run" in done.stderr.splitlines()[-1]
+    assert "float99" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.faults

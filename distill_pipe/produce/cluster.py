@@ -17,9 +17,16 @@ from typing import Any
 
 import msgspec
 
-from distill_pipe.errors import CaptureError, DistillPipeError, EngineError, MismatchError, StorageFullError
+from distill_pipe.errors import (
+    CaptureError,
+    DistillPipeError,
+    EngineError,
+    EngineStartError,
+    MismatchError,
+    StorageFullError,
+)
 from distill_pipe.produce.engine import EngineResources
-from distill_pipe.produce.worker import Progress
+from distill_pipe.produce.worker import Progress, ShardWorker
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
 
@@ -46,19 +53,25 @@ class _Replica:
     """The actor: one engine and the shards given to it."""
 
     def __init__(self, plan: ClusterPlan, run: bytes, root: str, resources: EngineResources) -> None:
-        # Ray sets this to the CPUs an actor reserves; OpenMP reads it when torch is imported below.
-        os.environ["OMP_NUM_THREADS"] = str(resources.cpu_threads)
-        from distill_pipe.produce.chat import Renderer
-        from distill_pipe.produce.vllm_engine import VllmEngine
-        from distill_pipe.produce.worker import ShardWorker
-
-        record, store = msgspec.json.decode(run, type=Run), LocalRoot(root)
-        renderer = Renderer(plan.model, plan.revision)
-        engine = VllmEngine(plan.model, plan.revision, record, store, resources)
-        self._worker = ShardWorker(engine, renderer, store, record)
+        self._plan, self._run, self._root, self._resources = plan, run, root, resources
+        self._worker: ShardWorker | None = None
 
     def advance(self, shards: list[int], seconds: float) -> Progress:
+        # Not started in __init__: an error there would reach the driver as a dead actor, without its class.
+        if self._worker is None:
+            self._worker = self._start()
         return self._worker.advance(shards, seconds)
+
+    def _start(self) -> ShardWorker:
+        # Ray sets this to the CPUs an actor reserves; OpenMP reads it when torch is imported below.
+        os.environ["OMP_NUM_THREADS"] = str(self._resources.cpu_threads)
+        from distill_pipe.produce.chat import Renderer
+        from distill_pipe.produce.vllm_engine import VllmEngine
+
+        run, root = msgspec.json.decode(self._run, type=Run), LocalRoot(self._root)
+        renderer = Renderer(self._plan.model, self._plan.revision)
+        engine = VllmEngine(self._plan.model, self._plan.revision, run, root, self._resources)
+        return ShardWorker(engine, renderer, root, run)
 
 
 @dataclass(slots=True)
@@ -140,7 +153,7 @@ def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Pro
         progress: Progress = ray.get(call)
     except ray.exceptions.RayTaskError as error:
         cause = error.as_instanceof_cause()
-        if not isinstance(cause, EngineError):
+        if not isinstance(cause, EngineError) or isinstance(cause, EngineStartError):
             raise _plain(cause) from error
         _lose(ray, slot, todo, cause)
         return

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 import msgspec
 import numpy as np
 
-from distill_pipe.errors import EngineError
+from distill_pipe.errors import CaptureError, EngineError, EngineStartError
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import EXTRA_ARG
 from distill_pipe.produce.engine import EngineResources, Request, RequestError, Response
@@ -64,14 +64,19 @@ class VllmEngine:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         spec = run.spec
-        llm = LLM(
-            model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
-            max_model_len=spec.engine.max_model_len, max_num_seqs=resources.max_num_seqs,
-            enable_prefix_caching=False, enforce_eager=on_cpu, skip_tokenizer_init=False, disable_log_stats=True,
-            kv_cache_memory_bytes=CPU_KV_CACHE_BYTES if on_cpu else None,
-            worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
-            additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}})
-        self._engine = llm.llm_engine
+        try:
+            self._engine = LLM(
+                model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
+                max_model_len=spec.engine.max_model_len, max_num_seqs=resources.max_num_seqs,
+                enable_prefix_caching=False, enforce_eager=on_cpu, disable_log_stats=True,
+                kv_cache_memory_bytes=CPU_KV_CACHE_BYTES if on_cpu else None,
+                worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
+                additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}}).llm_engine
+        except CaptureError:
+            raise
+        except (ValueError, RuntimeError, OSError, NotImplementedError, ImportError) as error:
+            reason = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
+            raise EngineStartError(f"vLLM cannot run {model}: {' '.join(reason)}") from error
         self._rpc("capture_open", msgspec.json.encode(run), str(root))
 
     def add(self, request: Request) -> None:
