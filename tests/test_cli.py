@@ -68,6 +68,7 @@ def test_a_bad_corpus_is_named_by_line_and_leaves_the_disk_untouched(cli, tmp_pa
     (["--set", "capture.topk=3"], "unknown field `topk`"),
     (["--set", "sampling"], "write it as name=value"),
     (["--set", "max_model_len=9000"], "more than the 2048 tokens"),
+    (["--set", "dtype=float99"], "dtype 'float99' is not one of bfloat16, float16, float32"),
     (["--job", "nowhere.yaml"], "job file nowhere.yaml cannot be read"),
     (["--out", "s3://bucket/data"], "only local folders"),
 ])

@@ -77,7 +77,10 @@ def test_the_dtype_comes_from_the_config_unless_it_is_asked_for(tmp_path: Path, 
                                                                 dtype: str) -> None:
     folder = fake_target(tmp_path / "t", **config)
     assert resolve_target(str(folder)).spec.dtype == dtype
-    assert resolve_target(str(folder), dtype="float64").spec.dtype == "float64"
+    for asked in ("float16", "float32"):
+        assert resolve_target(str(folder), dtype=asked).spec.dtype == asked
+    with pytest.raises(UsageError, match="dtype 'float64' is not one of"):
+        resolve_target(str(folder), dtype="float64")
 
 
 def test_a_relative_folder_is_the_same_target(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from distill_pipe.produce.smollm2 import materialise_smollm2
 from distill_pipe.store.spec import TargetSpec
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
+_DTYPES = ("bfloat16", "float16", "float32")
 _BLOCKS, _BLOCK_BYTES = 64, 64 << 10
 _FACTS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "merges*", "vocab*")
 
@@ -80,7 +81,8 @@ def resolve_target(name: str, revision: str | None = None, dtype: str | None = N
                          "config.json, or a hub id like owner/name")
     config = _config(folder)
     spec = TargetSpec(name=name if model or load_preset(name) else folder.name, revision=commit or _weights_id(folder),
-                      dtype=dtype or _dtype(preset, config), tokenizer_sha256=_hash_files(_tokenizer_files(folder)),
+                      dtype=_dtype(dtype or preset.dtype, config),
+                      tokenizer_sha256=_hash_files(_tokenizer_files(folder)),
                       chat_template_sha256=_template_hash(folder), **_facts(config, folder))
     positions = int(config.get("max_position_embeddings") or 4096)  # type: ignore[call-overload]
     layers = preset.layers or default_layers(spec.num_layers)
@@ -139,10 +141,12 @@ def _facts(config: dict[str, object], folder: Path) -> _Facts:
                   num_layers=sizes["num_hidden_layers"], architecture=str(architectures[0]), final_norm_eps=eps)
 
 
-def _dtype(preset: Preset, config: dict[str, object]) -> str:
-    if preset.dtype != "auto":
-        return preset.dtype
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+def _dtype(wanted: str, config: dict[str, object]) -> str:
+    if wanted == "auto":
+        wanted = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if wanted not in _DTYPES:
+        raise UsageError(f"dtype {wanted!r} is not one of {', '.join(_DTYPES)}")
+    return wanted
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
