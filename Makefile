@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python jobs/install.py
 	touch $(STAMP)
 
-demo: $(STAMP) ## Run the main job end to end on a real 135M model (about 8 minutes on 2 cores)
+demo: $(STAMP) ## Run the main job end to end on a real 135M model (4 minutes on 2 cores, installation apart)
 	$(BIN)/python jobs/demo.py
 
 test: $(STAMP) ## Run the tests, real engine included
@@ -38,7 +38,7 @@ schemas: $(STAMP) ## Write the JSON Schemas anew from the code
 bench: $(STAMP) ## Measure capture against plain vLLM, and decoding against scoring
 	$(ONE_THREAD) $(BIN)/python -m pytest -m bench -s tests/benchmarks
 
-faults: $(STAMP) ## Kill workers and drivers at random moments, ten times each (about 20 minutes)
+faults: $(STAMP) ## Kill workers and drivers at random moments, ten times each (about 10 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -s
 
 clean: ## Remove the environment and what the demo made
