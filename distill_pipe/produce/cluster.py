@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -43,7 +42,6 @@ class ClusterPlan:
 
     model: str
     revision: str | None
-    folder: Path
     workers: int
     address: str | None
     max_num_seqs: int
@@ -111,7 +109,7 @@ def run_on_ray(plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int],
 
 def _start_ray(ray: Any, plan: ClusterPlan) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would otherwise hold an accelerator back from actors that ask for none.
+    # Ray's coming default for actors without an accelerator; left unset, it prints a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = {} if plan.address else {"num_cpus": max(plan.workers, os.cpu_count() or 1), "include_dashboard": False,
                                      "object_store_memory": _OBJECT_STORE_BYTES}

@@ -104,7 +104,7 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
             raise QuarantineLimitError(f"{failed} prompts failed in the engine or in capture; see {root}/_quarantine")
 
     if todo:
-        cluster = ClusterPlan(model=target.model, revision=target.revision, folder=target.folder,
+        cluster = ClusterPlan(model=target.model, revision=target.revision,
                               workers=min(job.workers, len(todo)), address=job.address, max_num_seqs=job.max_num_seqs)
         run_on_ray(cluster, run, root, todo, watch)
     return run

@@ -18,6 +18,8 @@ from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
 
 MESSAGE_CHARACTERS = 2000
+# Asking the sink is a call into the engine's worker, which on a GPU would cost a part of every step.
+OUTCOME_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class ShardWorker:
         self._engine, self._renderer, self._root, self._run = engine, renderer, root, run
         self._open: dict[int, _OpenShard] = {}
         self._shard_of: dict[int, int] = {}
+        self._undecided: set[int] = set()
+        self._asked = 0.0
 
     def advance(self, shards: Iterable[int], seconds: float) -> Progress:
         """Start `shards`, then run the engine for about `seconds`."""
@@ -54,11 +58,21 @@ class ShardWorker:
             for response in self._engine.step():
                 prompts += 1
                 tokens += self._finish(response)
-            outcomes = self._engine.outcomes()
+            outcomes = self._outcomes()
             if outcomes or time.monotonic() > deadline:
                 return Progress(prompts, tokens, outcomes)
             if not self._shard_of:
                 time.sleep(0.02)  # nothing left to run: the sink is still writing
+
+    def _outcomes(self) -> list[ShardOutcome]:
+        """Shards decided since the last call; asks only while some are undecided, and not at every step."""
+        now = time.monotonic()
+        if not self._undecided or (self._shard_of and now - self._asked < OUTCOME_SECONDS):
+            return []
+        self._asked = now
+        outcomes = self._engine.outcomes()
+        self._undecided -= {outcome.shard for outcome in outcomes}
+        return outcomes
 
     def _start(self, shard: int) -> None:
         opened = self._open[shard] = _OpenShard()
@@ -109,6 +123,7 @@ class ShardWorker:
 
     def _commit_if_whole(self, shard: int) -> None:
         if not self._open[shard].waiting:
+            self._undecided.add(shard)
             self._engine.commit(shard, self._open.pop(shard).quarantined)
 
 
