@@ -119,7 +119,7 @@ def forecast(job: Job) -> Forecast:
         require_same_run(root, stored, spec)
     elif not root.is_unused():
         raise UsageError(_not_ours(root))
-    shards = -(-spec.corpus.prompts // spec.prompts_per_shard)
+    shards = spec.num_shards
     width = 4 if spec.capture.hidden_codec == "f32" else 2
     return Forecast(target=target.spec.name, prompts=spec.corpus.prompts, shards=shards,
                     shards_left=shards - (len(committed_shards(root)) if stored else 0), layers=spec.capture.layers,
@@ -141,7 +141,7 @@ def _check_capture(job: Job, target: Target, layers: tuple[int, ...]) -> None:
 
 
 def freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
-    """Write plan, run.json and card of a new run; the plan's names hold its content, so a repeat is harmless."""
+    """Write plan and run.json of a new run; the plan's names hold its content, so a repeat is harmless."""
     if not root.is_unused():
         raise UsageError(_not_ours(root))
     with root.scratch() as folder:
@@ -162,9 +162,8 @@ def freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
 
 def _parts(spec: RunSpec, job: Job) -> Iterator[Iterator[list[PlannedPrompt]]]:
     prompts = read_prompts(job.corpus_files, job.responses, job.limit)
-    shards = -(-spec.corpus.prompts // spec.prompts_per_shard)
-    for first in range(0, shards, SHARDS_PER_PART):
-        count = min(SHARDS_PER_PART, shards - first)
+    for first in range(0, spec.num_shards, SHARDS_PER_PART):
+        count = min(SHARDS_PER_PART, spec.num_shards - first)
         yield (list(islice(prompts, spec.prompts_per_shard)) for _ in range(count))
 
 

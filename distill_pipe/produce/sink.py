@@ -10,6 +10,7 @@ numpy, Parquet and zstd release the GIL for nearly all of the work done here.
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
@@ -53,7 +54,7 @@ class ShardSink:
     def finish(self, shard: int, traces: Sequence[FinishedTrace]) -> None:
         """Queue finished prompts of a shard for assembly and encoding."""
         for done in traces:
-            self._put(lambda done=done: self._finish(shard, done))  # type: ignore[misc]
+            self._put(partial(self._finish, shard, done))
 
     def commit(self, shard: int, quarantined: Sequence[QuarantinedPrompt]) -> None:
         """Queue the commit of a shard whose prompts are all finished or given up on."""
@@ -107,6 +108,8 @@ class ShardSink:
 
     def _commit(self, shard: int, quarantined: Sequence[QuarantinedPrompt]) -> None:
         traces, given_up = self._traces.pop(shard, []), self._quarantined.pop(shard, [])
+        for prompt in quarantined:
+            self._assembler.drop(prompt.ordinal)
         try:
             if shard in self._failed:
                 raise self._failed.pop(shard)

@@ -33,8 +33,9 @@ class Progress:
 
 @dataclass(slots=True)
 class _OpenShard:
+    """A shard being run: the prompts that the engine still works on, and those given up on."""
+
     prompts: dict[int, tuple[PlannedPrompt, RenderedPrompt]] = field(default_factory=dict)
-    waiting: set[int] = field(default_factory=set)
     quarantined: list[QuarantinedPrompt] = field(default_factory=list)
 
 
@@ -86,7 +87,6 @@ class ShardWorker:
                                                             str(error)[:MESSAGE_CHARACTERS]))
                 continue
             opened.prompts[prompt.ordinal] = (prompt, rendered)
-            opened.waiting.add(prompt.ordinal)
             self._shard_of[prompt.ordinal] = shard
         self._commit_if_whole(shard)
 
@@ -117,12 +117,11 @@ class ShardWorker:
         else:
             opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, "engine",
                                                         f"the engine ended with {response.finish_reason!r}"))
-        opened.waiting.discard(response.ordinal)
         self._commit_if_whole(shard)
         return len(token_ids)
 
     def _commit_if_whole(self, shard: int) -> None:
-        if not self._open[shard].waiting:
+        if not self._open[shard].prompts:
             self._undecided.add(shard)
             self._engine.commit(shard, self._open.pop(shard).quarantined)
 

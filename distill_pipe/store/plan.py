@@ -56,7 +56,7 @@ def write_plan_part(path: Path, shards: Iterable[Sequence[PlannedPrompt]]) -> No
 
 def num_shards(run: Run) -> int:
     """How many shards the run's prompts make."""
-    return -(-run.spec.corpus.prompts // run.spec.prompts_per_shard)
+    return run.spec.num_shards
 
 
 def read_planned_shard(root: LocalRoot, run: Run, shard: int) -> list[PlannedPrompt]:

@@ -92,6 +92,11 @@ class RunSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompts_per_shard: Annotated[int, Meta(ge=1)]
 
     @property
+    def num_shards(self) -> int:
+        """How many shards the prompts make; the last one may be short."""
+        return -(-self.corpus.prompts // self.prompts_per_shard)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over the canonical JSON (sorted keys, no spaces) of the whole spec."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
