@@ -28,6 +28,7 @@ from distill_pipe.store.verify import verify as verify_dataset
 if TYPE_CHECKING:
     from distill_pipe.consume.train import Step
     from distill_pipe.produce.job import Job
+    from distill_pipe.store.finalize import DatasetStatistics
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Offline target distillation for speculative decoding.")
@@ -42,9 +43,13 @@ class Responses(StrEnum):
 
 
 class HiddenCodecs(StrEnum):
+    f32 = "f32"
     bf16 = "bf16"
     bf16_split = "bf16-split"
-    f32 = "f32"
+    fp8 = "fp8"
+    q8 = "q8"
+    q6 = "q6"
+    q5 = "q5"
 
 
 class Losses(StrEnum):
@@ -108,6 +113,18 @@ def verify(root: Root, as_json: Json = False) -> None:
     if not report.clean:
         raise DamageError(f"{root}: {len(report.problems)} problems, {report.missing_prompts} prompts missing, "
                           f"{report.doubled_prompts} doubled")
+
+
+@app.command()
+def finalize(root: Root, as_json: Json = False) -> None:
+    """Sum up a complete dataset: manifest, statistics, token frequencies, and the mark that it is complete."""
+    from distill_pipe.store.finalize import finalize as finalize_dataset
+
+    final = finalize_dataset(LocalRoot(root))
+    if as_json:
+        _print_facts(final, as_json)
+        return
+    _print_statistics(final.statistics)
 
 
 @app.command()
@@ -205,6 +222,21 @@ def _print_facts(facts: msgspec.Struct, as_json: bool) -> None:
         elif value is None:
             value = "-"
         table.add_row(name.replace("_", " "), str(value))
+    Console().print(table, highlight=False, markup=False)
+
+
+def _print_statistics(found: "DatasetStatistics") -> None:
+    table = Table(show_header=False, box=None)
+    for name in ("shards", "prompts", "traces", "quarantined", "tokens", "rows", "bytes"):
+        table.add_row(name, f"{getattr(found, name):,}")
+    table.add_row("mean mass outside the head", f"{found.tail_mass_mean:.4f}")
+    table.add_row("rounding error of the head, mean and max", f"{found.head_tv_error_mean:.2g}, "
+                  f"{found.head_tv_error_max:.2g} (total variation)")
+    for error in found.hidden:
+        table.add_row(f"codec error of layer {error.layer}, mean and max", f"{error.mean:.2%}, {error.max:.2%}")
+    for part in found.coverage:
+        table.add_row(f"a draft vocabulary of {part.size:,} covers",
+                      f"{part.mass:.2%} of the probability, {part.tokens:.2%} of the tokens")
     Console().print(table, highlight=False, markup=False)
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import msgspec
 
 from distill_pipe.produce.job import Job
+from distill_pipe.store.finalize import DatasetStatistics
 from distill_pipe.store.manifest import Fragment, Run, ShardInfo
-from distill_pipe.store.shard import SidecarInfo
+from distill_pipe.store.sidecar import SidecarInfo
 
 FOLDER = Path(__file__).resolve().parent
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-STRUCTS = {"run": Run, "fragment": Fragment, "shard_info": ShardInfo, "sidecar": SidecarInfo, "job": Job}
+STRUCTS = {"run": Run, "fragment": Fragment, "shard_info": ShardInfo, "sidecar": SidecarInfo,
+           "statistics": DatasetStatistics, "job": Job}
 
 
 def schema_texts() -> dict[str, str]:

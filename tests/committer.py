@@ -13,19 +13,22 @@ import resource
 import sys
 
 from distill_pipe.errors import DistillPipeError
-from distill_pipe.store.commit import adopt_shard, commit_shard, committed_shards, encode_trace
+from distill_pipe.store.commit import adopt_shard, commit_shard, committed_shards
 from distill_pipe.store.manifest import Run, require_run, shard_name
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_sidecar_info, read_table, traces_from_tables
+from distill_pipe.store.shard import read_main, traces_from_table
+from distill_pipe.store.sidecar import EncodedTrace, blobs_of, read_sidecar, read_sidecar_info
 
 
 def copy_shard(donor: LocalRoot, root: LocalRoot, run: Run, shard: int) -> None:
-    hidden = adopt_shard(donor, run, shard).info.hidden
-    assert hidden is not None
-    path = donor.local(hidden.name)
-    traces = traces_from_tables(read_table(donor.local(shard_name(shard))), read_table(path), read_sidecar_info(path))
-    commit_shard(root, run, shard, [encode_trace(t, run) for t in traces], [])
+    info = adopt_shard(donor, run, shard).info
+    assert info.hidden is not None
+    path = donor.local(info.hidden.name)
+    sidecar = read_sidecar_info(path)
+    hidden = read_sidecar(path, sidecar, sidecar.layers, info.traces, info.tokens)
+    traces = traces_from_table(read_main(donor.local(shard_name(shard)), info, run.spec.capture))
+    commit_shard(root, run, shard, [EncodedTrace(t, blobs_of(hidden, sidecar, i)) for i, t in enumerate(traces)], [])
 
 
 def main() -> None:

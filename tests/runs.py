@@ -7,10 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from distill_pipe.store.commit import adopt_shard, committed_shards
-from distill_pipe.store.manifest import require_run
+from distill_pipe.store.hidden_codec import decode_layers
+from distill_pipe.store.manifest import ShardInfo, require_run
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_sidecar_info, read_table, traces_from_tables
+from distill_pipe.store.shard import read_main, traces_from_table
+from distill_pipe.store.sidecar import blobs_of, read_sidecar, read_sidecar_info
 from distill_pipe.store.trace import Trace
 
 PROMPTS = (
@@ -26,7 +30,7 @@ LAYERS = (0, 2, 15, 30)
 _TARGET = ("--target", "smollm2-135m", "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "f32")
 GENERATE = (*_TARGET, "--set", "sampling.max_tokens=24", "--set", "prompts_per_shard=4", "--set", "max_num_seqs=4",
             "--set", "max_model_len=128")
-SCORE = (*_TARGET, "--responses", "corpus", "--set", "capture.logprob_grid=0")
+SCORE = (*_TARGET, "--responses", "corpus", "--set", "capture.logprob_bits=24")
 
 
 def command(*args: object, env: dict[str, str] | None = None, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -53,12 +57,19 @@ def prompt_records(prompts: Sequence[str] = PROMPTS) -> list[dict[str, object]]:
 
 
 def stored_traces(path: Path) -> Iterator[Trace]:
-    """Every trace of a dataset with all its hidden states, in ordinal order."""
+    """Every trace of a dataset with all its hidden states in float32, in ordinal order."""
     root = LocalRoot(path)
     run = require_run(root)
     for shard in sorted(committed_shards(root)):
-        info = adopt_shard(root, run, shard).info
-        hidden = None if info.hidden is None else root.local(info.hidden.name)
-        yield from traces_from_tables(read_table(root.local(adopt_shard(root, run, shard).file.name)),
-                                      None if hidden is None else read_table(hidden),
-                                      None if hidden is None else read_sidecar_info(hidden))
+        fragment = adopt_shard(root, run, shard)
+        main = read_main(root.local(fragment.file.name), fragment.info, run.spec.capture)
+        for i, trace in enumerate(traces_from_table(main)):
+            if fragment.info.hidden is not None:
+                trace.hidden.update(_decoded(root.local(fragment.info.hidden.name), fragment.info, i))
+            yield trace
+
+
+def _decoded(path: Path, info: ShardInfo, index: int) -> dict[int, np.ndarray]:
+    sidecar = read_sidecar_info(path)
+    blobs = blobs_of(read_sidecar(path, sidecar, sidecar.layers, info.traces, info.tokens), sidecar, index)
+    return {n: h.numpy() for n, h in decode_layers(blobs, sidecar.codec, sidecar.hidden_size).items()}

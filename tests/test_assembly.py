@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from distill_pipe.errors import CaptureError, NotFiniteError
 from distill_pipe.produce.assembly import NEXT_LOGPROB_TOLERANCE, Assembler, FinishedTrace, StepRows
 from distill_pipe.produce.head import head_rows, row_uniforms
+from distill_pipe.store.spec import CaptureSpec
 from distill_pipe.store.trace import Trace
 
 VOCAB, HIDDEN, TOP_K, SAMPLES, LAYERS = 12, 3, 12, 2, (1, 4)
@@ -51,7 +52,8 @@ def make_sequence(ordinal: int, length: int = 9, given_text: bool = False, top_k
     logits_TV = torch.from_numpy(random.normal(0, 2, (total, VOCAB)).astype(np.float32))
     tokens = random.integers(0, VOCAB, total + 1)
     uniform_T = torch.from_numpy(row_uniforms(0, ordinal, np.arange(total)))
-    reduced = [t.numpy() for t in head_rows(logits_TV, top_k, SAMPLES if top_k < VOCAB else 0, uniform_T).tensors()]
+    capture = CaptureSpec(top_k=top_k, tail_samples=SAMPLES if top_k < VOCAB else 0)
+    reduced = [t.numpy() for t in head_rows(logits_TV, capture, uniform_T).tensors()]
     next_T = logits_TV.log_softmax(1).numpy()[np.arange(total), tokens[1:]]
     prompt = length // 3 + 1
     mask = [False] * prompt + [True] * (length - prompt)

@@ -25,18 +25,19 @@ from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
 from distill_pipe.errors import DamageError, MismatchError, StorageFullError
 from distill_pipe.store.commit import (
-    EncodedTrace,
     adopt_shard,
     commit_shard,
     committed_shards,
-    encode_trace,
     listed_shards,
     shard_fragment,
 )
+from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Fragment, Run, encode_record, fragment_name, read_fragment, shard_name
+from distill_pipe.store.parquet import read_table
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import SCRATCH, LocalRoot
-from distill_pipe.store.shard import QuarantinedPrompt, read_table
+from distill_pipe.store.shard import QuarantinedPrompt
+from distill_pipe.store.sidecar import EncodedTrace
 from distill_pipe.store.verify import verify
 
 COMMITTER = [sys.executable, str(Path(__file__).with_name("committer.py"))]
@@ -45,7 +46,8 @@ PLAIN = Shape()
 
 
 def shard_traces(run: Run, shard: int, shape: Shape = PLAIN, seed: int = 0) -> list[EncodedTrace]:
-    return [encode_trace(random_trace(o, shape, seed), run) for o in range(*shard_range(run, shard))]
+    codec = run.spec.capture.hidden_codec
+    return [encode_trace(random_trace(o, shape, seed), codec) for o in range(*shard_range(run, shard))]
 
 
 def given_up(ordinal: int) -> QuarantinedPrompt:
@@ -131,7 +133,7 @@ def test_prompts_that_are_not_exactly_the_shards_are_refused(root: LocalRoot, ru
                                                              quarantined: list[int]) -> None:
     before = files(root.path)
     with pytest.raises(MismatchError, match="not exactly those of its plan"):
-        commit_shard(root, run, 0, [encode_trace(random_trace(o), run) for o in traced],
+        commit_shard(root, run, 0, [encode_trace(random_trace(o), run.spec.capture.hidden_codec) for o in traced],
                      [given_up(o) for o in quarantined])
     assert files(root.path) == before
 

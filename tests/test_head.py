@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_pipe.produce.head import BLOCK, HeadRows, head_rows, row_uniforms
+from distill_pipe.store.spec import CaptureSpec
 
 VOCABS = [7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, scale, (rows, vocab)).astype(np.float32))
+
+
+def kept(top_k: int, tail_samples: int, coverage: float | None = None) -> CaptureSpec:
+    return CaptureSpec(top_k=top_k, tail_samples=tail_samples, coverage=coverage)
 
 
 def evenly(rows: int) -> Tensor:
@@ -37,7 +42,7 @@ def oracle(logits_RV: Tensor, top_k: int) -> tuple[NDArray[np.float64], NDArray[
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_head_logsumexp_and_tail_mass_agree_with_a_float64_oracle(vocab: int) -> None:
     logits_RV, top_k = random_logits(50, vocab), 5
-    rows = head_rows(logits_RV, top_k, 3, evenly(50))
+    rows = head_rows(logits_RV, kept(top_k, 3), evenly(50))
     exact_RV, ids_RK, tail_RV = oracle(logits_RV, top_k)
     assert np.array_equal(rows.topk_ids_RK.numpy(), ids_RK)
     np.testing.assert_allclose(rows.topk_logprobs_RK.numpy(), np.take_along_axis(exact_RV, ids_RK, 1), atol=3e-6)
@@ -52,7 +57,7 @@ def test_head_logsumexp_and_tail_mass_agree_with_a_float64_oracle(vocab: int) ->
 def test_the_tail_mass_keeps_its_relative_precision_however_small_it_is(gap: float) -> None:
     logits_RV = random_logits(20, 1000, scale=1.0)
     logits_RV[:, :4] += gap + 8
-    rows = head_rows(logits_RV, 4, 2, evenly(20))
+    rows = head_rows(logits_RV, kept(4, 2), evenly(20))
     _, _, tail_RV = oracle(logits_RV, 4)
     mass_R = tail_RV.sum(1)
     assert mass_R.max() < np.exp(-gap)
@@ -63,7 +68,7 @@ def test_the_tail_mass_keeps_its_relative_precision_however_small_it_is(gap: flo
 
 def test_bfloat16_logits_are_reduced_in_float32() -> None:
     logits_RV = random_logits(8, 300).bfloat16()
-    a, b = head_rows(logits_RV, 3, 2, evenly(8)), head_rows(logits_RV.float(), 3, 2, evenly(8))
+    a, b = head_rows(logits_RV, kept(3, 2), evenly(8)), head_rows(logits_RV.float(), kept(3, 2), evenly(8))
     assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
     assert a.logsumexp_R.dtype == torch.float32
 
@@ -71,20 +76,20 @@ def test_bfloat16_logits_are_reduced_in_float32() -> None:
 def test_the_logits_are_left_as_they_were() -> None:
     logits_RV = random_logits(4, 300)
     kept_RV = logits_RV.clone()
-    head_rows(logits_RV, 3, 2, evenly(4))
+    head_rows(logits_RV, kept(3, 2), evenly(4))
     assert torch.equal(logits_RV, kept_RV)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_a_head_of_the_whole_vocabulary_has_no_tail(vocab: int) -> None:
-    rows = head_rows(random_logits(5, vocab), vocab, 3, evenly(5))
+    rows = head_rows(random_logits(5, vocab), kept(vocab, 3), evenly(5))
     assert (rows.tail_mass_R == 0).all()
     assert (rows.tail_ids_RM == -1).all()
     np.testing.assert_allclose(rows.topk_logprobs_RK.double().exp().sum(1).numpy(), 1, rtol=1e-5)
 
 
 def test_no_samples_are_drawn_when_none_are_asked_for() -> None:
-    rows = head_rows(random_logits(5, 300), 4, 0, evenly(5))
+    rows = head_rows(random_logits(5, 300), kept(4, 0), evenly(5))
     assert rows.tail_ids_RM.shape == rows.tail_logprobs_RM.shape == (5, 0)
     assert (rows.tail_mass_R > 0).all()
 
@@ -92,7 +97,7 @@ def test_no_samples_are_drawn_when_none_are_asked_for() -> None:
 def test_rows_with_all_their_mass_on_one_token_are_finite_and_have_no_tail() -> None:
     logits_RV = torch.zeros(3, 500)
     logits_RV[0, 17], logits_RV[1, 499], logits_RV[2, 0] = 1e4, 3e3, 500.0
-    rows = head_rows(logits_RV, 4, 2, evenly(3))
+    rows = head_rows(logits_RV, kept(4, 2), evenly(3))
     assert all(t.isfinite().all() for t in rows.tensors())
     assert rows.topk_ids_RK[:, 0].tolist() == [17, 499, 0]
     assert rows.topk_logprobs_RK[:, 0].tolist() == [0, 0, 0]
@@ -103,12 +108,12 @@ def test_rows_with_all_their_mass_on_one_token_are_finite_and_have_no_tail() -> 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_a_tail_of_one_token_gives_that_token_every_time(vocab: int) -> None:
     logits_RV = random_logits(9, vocab)
-    rows = head_rows(logits_RV, vocab - 1, 4, evenly(9))
+    rows = head_rows(logits_RV, kept(vocab - 1, 4), evenly(9))
     assert (rows.tail_ids_RM == logits_RV.argmin(1)[:, None]).all()
 
 
 def test_uniform_logits_give_a_uniform_tail() -> None:
-    rows = head_rows(torch.zeros(1, 1000), 100, 900, torch.tensor([0.5]))
+    rows = head_rows(torch.zeros(1, 1000), kept(100, 900), torch.tensor([0.5]))
     assert rows.tail_mass_R.item() == pytest.approx(0.9, rel=1e-6)
     tail = set(range(1000)) - set(rows.topk_ids_RK[0].tolist())
     assert set(rows.tail_ids_RM[0].tolist()) == tail
@@ -120,7 +125,7 @@ def test_uniform_logits_give_a_uniform_tail() -> None:
 def test_samples_are_never_in_the_head_and_always_have_mass(vocab: int, top_k: int, samples: int, scale: float,
                                                             seed: int, uniform: float) -> None:
     logits_RV = random_logits(16, vocab, seed, scale)
-    rows = head_rows(logits_RV, top_k, samples, torch.full((16,), uniform))
+    rows = head_rows(logits_RV, kept(top_k, samples), torch.full((16,), uniform))
     for r in range(16):
         ids = rows.tail_ids_RM[r].tolist()
         if rows.tail_mass_R[r] == 0:
@@ -141,7 +146,7 @@ def expected_counts(rows: HeadRows, vocab: int) -> NDArray[np.float64]:
 def test_integrating_over_the_uniform_gives_exactly_the_tail_distribution(vocab: int, samples: int) -> None:
     cells, top_k = 20_000, 4
     logits_1V = random_logits(1, vocab, seed=vocab)
-    rows = head_rows(logits_1V.expand(cells, -1), top_k, samples, evenly(cells))
+    rows = head_rows(logits_1V.expand(cells, -1), kept(top_k, samples), evenly(cells))
     _, _, tail_1V = oracle(logits_1V, top_k)
     # Each token owns one interval of the tail, so a grid of cells * samples points misses it by two points at most.
     found_V, wanted_V = expected_counts(rows, vocab), tail_1V[0] / tail_1V[0].sum()
@@ -152,7 +157,7 @@ def test_the_mean_over_random_uniforms_is_the_tail_distribution_within_five_stan
     draws, vocab, samples = 20_000, 300, 4
     logits_1V = random_logits(1, vocab, seed=3)
     uniform_R = torch.from_numpy(row_uniforms(5, 7, np.arange(draws)))
-    found_V = expected_counts(head_rows(logits_1V.expand(draws, -1), 6, samples, uniform_R), vocab)
+    found_V = expected_counts(head_rows(logits_1V.expand(draws, -1), kept(6, samples), uniform_R), vocab)
     _, _, tail_1V = oracle(logits_1V, 6)
     wanted_V = tail_1V[0] / tail_1V[0].sum()
     # The samples of a row are negatively dependent, so independent rows with M = 1 bound the variance.
@@ -164,7 +169,7 @@ def test_tail_mass_times_the_mean_of_a_function_is_unbiased_for_its_sum_over_the
     cells, vocab, samples = 20_000, 2 * BLOCK + 9, 8
     logits_1V = random_logits(1, vocab, seed=11)
     function_V = np.minimum(1, np.exp(np.random.default_rng(0).normal(0, 2, vocab)))
-    rows = head_rows(logits_1V.expand(cells, -1), 5, samples, evenly(cells))
+    rows = head_rows(logits_1V.expand(cells, -1), kept(5, samples), evenly(cells))
     estimates_R = rows.tail_mass_R.numpy().astype(np.float64) * function_V[rows.tail_ids_RM.numpy()].mean(1)
     _, _, tail_1V = oracle(logits_1V, 5)
     truth = (tail_1V[0] * function_V).sum()
@@ -175,9 +180,9 @@ def test_tail_mass_times_the_mean_of_a_function_is_unbiased_for_its_sum_over_the
 
 def test_the_samples_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
     logits_RV, uniform_R = random_logits(12, 700), evenly(12)
-    together = head_rows(logits_RV, 4, 5, uniform_R)
+    together = head_rows(logits_RV, kept(4, 5), uniform_R)
     for r in range(12):
-        alone = head_rows(logits_RV[r:r + 1], 4, 5, uniform_R[r:r + 1])
+        alone = head_rows(logits_RV[r:r + 1], kept(4, 5), uniform_R[r:r + 1])
         assert torch.equal(alone.tail_ids_RM[0], together.tail_ids_RM[r])
 
 
@@ -212,3 +217,33 @@ def test_uniforms_lie_in_the_unit_interval_and_fill_it_evenly(seed: int) -> None
     chi_square = ((counts - 2000) ** 2 / 2000).sum()
     # 49 degrees of freedom: 1 in 10^6 lies above 113.
     assert chi_square < 113
+
+
+@pytest.mark.parametrize("coverage", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_k", [1, 8, 200])
+def test_an_adaptive_head_is_the_smallest_that_covers_enough_or_the_largest_allowed(coverage: float,
+                                                                                    top_k: int) -> None:
+    logits_RV = random_logits(60, 2 * BLOCK + 9)
+    rows = head_rows(logits_RV, kept(top_k, 3, coverage), evenly(60))
+    exact_RV, ids_RK, _ = oracle(logits_RV, top_k)
+    for r in range(60):
+        size = int((rows.topk_ids_RK[r] >= 0).sum())
+        mass_K = np.exp(exact_RV[r, ids_RK[r]])
+        assert rows.topk_ids_RK[r, :size].tolist() == ids_RK[r, :size].tolist()
+        assert (rows.topk_ids_RK[r, size:] == -1).all()
+        assert size == 1 or mass_K[:size - 1].sum() < coverage + 1e-6
+        assert size == top_k or mass_K[:size].sum() >= coverage - 1e-6
+        head = ids_RK[r, :size]
+        tail = 1 - np.exp(exact_RV[r, head]).sum()
+        assert rows.tail_mass_R[r].item() == pytest.approx(tail, rel=1e-4, abs=1e-6)
+        assert not set(rows.tail_ids_RM[r].tolist()) & set(head.tolist())
+
+
+def test_a_vocabulary_of_a_quarter_million_keeps_its_last_ids() -> None:
+    vocab = 262_144
+    logits_RV = random_logits(3, vocab, scale=1.0)
+    logits_RV[0, vocab - 1], logits_RV[1, 2**17] = 30.0, 30.0
+    rows = head_rows(logits_RV, kept(32, 8), evenly(3))
+    assert rows.topk_ids_RK[:2, 0].tolist() == [vocab - 1, 2**17]
+    assert rows.topk_ids_RK.max() < vocab
+    assert rows.tail_ids_RM[2].max() > 2**17

@@ -22,8 +22,7 @@ def test_options_alone_make_a_job_with_the_stated_defaults() -> None:
     job = load_job(None, [], NEEDED)
     assert (job.responses, job.prompts_per_shard, job.workers) == ("target", 64, 1)
     assert job.sampling == SamplingSpec(temperature=1.0, top_p=1.0, max_tokens=1024, seed=0)
-    assert job.capture == CaptureOptions(top_k=32, tail_samples=8, layers=None, hidden_codec="bf16-split",
-                                         logprob_grid=1 / 32)
+    assert job.capture == CaptureOptions(tail_samples=8, layers=None, hidden_codec="bf16-split", logprob_bits=7)
 
 
 def test_a_setting_goes_over_the_file_and_an_option_over_both(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     ("capture.top_k=many", r"\$\.capture\.top_k"), ("capture.top_k=0", r"\$\.capture\.top_k"),
     ("capture.layers=3", r"\$\.capture\.layers"), ("capture.layers=[1, -1]", r"\$\.capture\.layers\[1\]"),
     ("capture.hidden_codec=int8", r"\$\.capture\.hidden_codec"),
-    ("capture.logprob_grid=2", r"\$\.capture.logprob_grid"),
+    ("capture.logprob_bits=25", r"\$\.capture.logprob_bits"),
     ("sampling.top_p=0", r"\$\.sampling\.top_p"), ("sampling.temperature=-1", r"\$\.sampling\.temperature"),
     ("sampling.seed=1.5", r"\$\.sampling\.seed"), ("responses=both", r"\$\.responses"), ("workers=0", r"\$\.workers"),
     ("limit=true", r"\$\.limit"), ("max_model_len=1", r"\$\.max_model_len"), ("out=2026-01-01", r"\$\.out"),
@@ -121,3 +120,19 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, make) -> 
     make(tmp_path / "job.yaml")
     with pytest.raises(UsageError, match=r"job\.yaml cannot be read"):
         load_job(tmp_path / "job.yaml", [], NEEDED)
+
+
+@pytest.mark.parametrize(("settings", "top_k", "coverage"), [
+    ([], 32, None), (["capture.top_k=64"], 64, None), (["capture.coverage=0.999"], 256, 0.999),
+    (["capture.coverage=0.9", "capture.top_k_max=40"], 40, 0.9)])
+def test_the_head_is_fixed_or_adaptive(settings: list[str], top_k: int, coverage: float | None) -> None:
+    spec = load_job(None, settings, NEEDED).capture.spec((2,))
+    assert (spec.top_k, spec.coverage, spec.layers) == (top_k, coverage, (2,))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (["capture.coverage=0.9", "capture.top_k=8"], "give one of them"),
+    (["capture.top_k_max=8"], "goes with coverage")])
+def test_a_head_that_is_fixed_and_adaptive_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_job(None, settings, NEEDED).capture.spec(())

@@ -30,10 +30,10 @@ EXAMPLE = RunSpec(
                       prompts=100),
     responses="target", sampling=SamplingSpec(temperature=0.8, top_p=0.95, max_tokens=256, seed=7),
     capture=CaptureSpec(top_k=32, tail_samples=8, layers=(2, 15, 27, 30), hidden_codec="bf16-split",
-                        logprob_grid=1 / 32),
+                        coverage=0.999, logprob_bits=7),
     engine=EngineSpec(name="vllm", version="0.32.0", max_model_len=2048), prompts_per_shard=64)
 # Old datasets can only be continued while this stays the same: a change here needs a new format version.
-EXAMPLE_FINGERPRINT = "c5019ae58286798045a8b33cfceeeb6e31a3cb62a6b006d21ee64de55060cb9a"
+EXAMPLE_FINGERPRINT = "6501e963c0c40dea86e30ff07589b6f367f82dd5e69db110c0a7e8f82377f7ca"
 
 Path = tuple[str | int, ...]
 OTHER_CHOICE = {"target": "corpus", "bf16-split": "bf16"}
@@ -152,7 +152,7 @@ def test_continuing_under_other_settings_is_refused_with_every_difference(tmp_pa
 @pytest.mark.parametrize(("path", "value"), [
     (("target", "vocab_size"), 0), (("target", "tokenizer_sha256"), "short"), (("corpus", "prompts"), 0),
     (("responses",), "both"), (("capture", "top_k"), 0), (("capture", "tail_samples"), -1),
-    (("capture", "hidden_codec"), "int8"), (("capture", "logprob_grid"), 1.5), (("capture", "layers"), [-1]),
+    (("capture", "hidden_codec"), "int8"), (("capture", "logprob_bits"), 25), (("capture", "layers"), [-1]),
     (("engine", "max_model_len"), 1), (("sampling", "top_p"), 0), (("prompts_per_shard",), 0),
     (("format_version",), FORMAT_VERSION + 1), (("workers",), 4), (("target", "path"), "/models")])
 def test_values_out_of_range_and_unknown_fields_are_refused(path: Path, value: object) -> None:

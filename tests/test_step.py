@@ -21,7 +21,7 @@ from distill_pipe.store.spec import CaptureSpec
 from distill_pipe.store.trace import Trace
 
 HIDDEN, VOCAB, LAYERS = 8, 300, (1, 2)
-CAPTURE = CaptureSpec(top_k=5, tail_samples=3, layers=LAYERS, hidden_codec="f32", logprob_grid=0)
+CAPTURE = CaptureSpec(top_k=5, tail_samples=3, layers=LAYERS, hidden_codec="f32", logprob_bits=24)
 
 
 @dataclass(frozen=True)

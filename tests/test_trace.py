@@ -4,13 +4,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_datasets import Shape, random_trace
 
 from distill_pipe.errors import CaptureError, NotFiniteError
-from distill_pipe.store.codec import bf16_bits
 from distill_pipe.store.trace import Trace
 
 ORDINAL = 41
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
 def fields(seed: int = 0) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pytest
 from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
 from distill_pipe.errors import MismatchError
-from distill_pipe.store.commit import commit_shard, encode_trace
+from distill_pipe.store.commit import commit_shard
+from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Fragment, encode_record, fragment_name, read_fragment, shard_name
 from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.shard import QuarantinedPrompt, read_table, write_main
@@ -232,7 +233,8 @@ def test_status_counts_what_is_committed(tmp_path: Path) -> None:
     assert (empty.shards, empty.shards_done, empty.complete, empty.tail_mass_mean) == (3, 0, False, None)
     assert (empty.traces, empty.rows, empty.bytes, empty.eta_seconds) == (0, 0, 0, None)
     traces = [random_trace(o) for o in (0, 1, 3)]
-    commit_shard(root, run, 0, [encode_trace(t, run) for t in traces], [QuarantinedPrompt(2, "p", "engine", "no")])
+    encoded = [encode_trace(t, run.spec.capture.hidden_codec) for t in traces]
+    commit_shard(root, run, 0, encoded, [QuarantinedPrompt(2, "p", "engine", "no")])
     one = status(root)
     assert (one.shards_done, one.traces, one.quarantined, one.prompts) == (1, 3, 1, PROMPTS)
     assert one.rows == sum(t.num_rows for t in traces)

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from distill_pipe.consume.sparse import PADDING, SparseTarget
-from distill_pipe.store.commit import commit_shard, encode_trace
+from distill_pipe.store.commit import commit_shard
+from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Run, encode_record
 from distill_pipe.store.plan import Message, PlannedPrompt, num_shards, shard_range, write_plan_part
 from distill_pipe.store.root import LocalRoot, sha256_of
@@ -31,7 +32,7 @@ class Shape:
     hidden_codec: HiddenCodec = "bf16-split"
     top_k: int = 8
     tail_samples: int = 4
-    logprob_grid: float = 0.0
+    logprob_bits: int = 24
     prompts_per_shard: int = 4
 
 
@@ -44,7 +45,7 @@ def start_run(root: Path, num_prompts: int, shape: Shape = Shape()) -> Run:
                           tokenizer_sha256="0" * 64),
         corpus=CorpusSpec(files=(), prompts=num_prompts), responses="corpus", sampling=None,
         capture=CaptureSpec(top_k=shape.top_k, tail_samples=shape.tail_samples, layers=shape.layers,
-                            hidden_codec=shape.hidden_codec, logprob_grid=shape.logprob_grid),
+                            hidden_codec=shape.hidden_codec, logprob_bits=shape.logprob_bits),
         engine=EngineSpec(name="none", version="0", max_model_len=4096), prompts_per_shard=shape.prompts_per_shard)
     prompts = [PlannedPrompt(i, f"prompt-{i}", None, (Message("text", f"text {i}"),)) for i in range(num_prompts)]
     with store.scratch() as folder:
@@ -62,7 +63,7 @@ def commit_traces(root: Path, run: Run, traces: Sequence[Trace]) -> None:
     """Commit the traces of a whole run, shard by shard. They lose their hidden states on the way."""
     by_ordinal = {t.ordinal: t for t in traces}
     for shard in range(num_shards(run)):
-        held = [encode_trace(by_ordinal[o], run) for o in range(*shard_range(run, shard))]
+        held = [encode_trace(by_ordinal[o], run.spec.capture.hidden_codec) for o in range(*shard_range(run, shard))]
         commit_shard(LocalRoot(root), run, shard, held, [])
 
 

@@ -25,15 +25,18 @@ from torch import Tensor
 from distill_pipe.consume.sparse import FlatEntries, SparseTarget
 from distill_pipe.errors import CaptureError, DamageError, MismatchError, UsageError
 from distill_pipe.store.commit import committed_shards
+from distill_pipe.store.hidden_codec import decode_hidden
 from distill_pipe.store.manifest import Run, ShardInfo, read_fragment, require_run, shard_name
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import (
-    SidecarInfo,
-    layer_column,
-    read_shard_info,
+from distill_pipe.store.shard import read_main, read_shard_info, scaled_head, traces_from_table
+from distill_pipe.store.sidecar import (
+    EncodedTrace,
+    blobs_of,
+    check_sidecar,
+    read_sidecar,
     read_sidecar_info,
-    read_table,
-    traces_from_tables,
+    require_same_traces,
+    sidecar_info,
 )
 from distill_pipe.store.trace import Trace
 
@@ -48,7 +51,8 @@ class Batch:
     supervises token index `rows_R[r]`: `target[r]` is the target's distribution of the token after it, and
     `next_ids_R[r]`, `next_logprob_R[r]` are that token as it was written, and its log-probability. `hidden[n]` is
     `[T, H]` and lines up with the tokens; the last token of a trace has no stored state, and its row is zero. It is
-    bfloat16, or float32 where the dataset stores float32.
+    bfloat16, or float32 where the dataset stores float32. The head of `target` is scaled so that it and the tail mass
+    of its row add up to 1.
     """
 
     token_ids_T: Tensor
@@ -111,52 +115,58 @@ class ShardReader:
     def num_traces(self) -> int:
         """How many traces an epoch has; reads one small column of each shard."""
         return sum(self._wanted(o) for shard in self._shards
-                   for o in read_table(self._root.local(shard_name(shard)), ["ordinal"])["ordinal"].to_pylist())
+                   for o in _open_shard(self._root, self.run, shard, ())[0]["ordinal"].to_pylist())
 
     def __iter__(self) -> Iterator[Batch]:
-        held: list[Trace] = []
+        held: list[EncodedTrace] = []
         num_tokens = 0
-        for trace in self._traces():
-            if held and num_tokens + trace.num_tokens > self._batch_tokens:
+        for encoded in self._traces():
+            if held and num_tokens + encoded.trace.num_tokens > self._batch_tokens:
                 yield pack(held, self._layers, self.run)
                 held, num_tokens = [], 0
-            held.append(trace)
-            num_tokens += trace.num_tokens
+            held.append(encoded)
+            num_tokens += encoded.trace.num_tokens
         if held:
             yield pack(held, self._layers, self.run)
 
-    def _traces(self) -> Iterator[Trace]:
+    def _traces(self) -> Iterator[EncodedTrace]:
         random = np.random.default_rng([self._seed, self._epoch])
         for shard in random.permutation(np.array(self._shards, np.int64)):
             # Seeded per shard, so that the order inside a shard does not depend on which shards exist.
             inside = np.random.default_rng([self._seed, self._epoch, int(shard)])
             yield from self._shard_traces(int(shard), inside)
 
-    def _shard_traces(self, shard: int, random: np.random.Generator) -> Iterator[Trace]:
-        path = self._root.local(shard_name(shard))
+    def _shard_traces(self, shard: int, random: np.random.Generator) -> Iterator[EncodedTrace]:
         try:
-            main, hidden, sidecar = _open_shard(self._root, self.run, shard, self._layers)
+            main, hidden = _open_shard(self._root, self.run, shard, self._layers)
+            info = sidecar_info(self.run, shard)
             for i in random.permutation(main.num_rows):
                 if self._wanted(main["ordinal"][i].as_py()):
-                    # One trace at a time: decoded hidden states of a whole shard can be gigabytes.
-                    part = None if hidden is None else hidden.slice(i, 1)
-                    yield next(traces_from_tables(main.slice(i, 1), part, sidecar))
+                    trace = next(traces_from_table(main.slice(i, 1)))
+                    # Hidden states stay encoded until their batch: those of a whole shard can be gigabytes.
+                    part = hidden.slice(i, 1)
+                    check_sidecar(part, info, [trace])
+                    yield EncodedTrace(trace, blobs_of(part, info, 0))
         except (CaptureError, DamageError, MismatchError) as error:
-            raise DamageError(f"{path}: {error}") from error
+            raise DamageError(f"{self._root.local(shard_name(shard))}: {error}") from error
 
     def _wanted(self, ordinal: int) -> bool:
         heldout = ordinal % self._holdout_every == self._holdout_every - 1
         return self._split == "all" or heldout == (self._split == "heldout")
 
 
-def pack(traces: Sequence[Trace], layers: Sequence[int], run: Run) -> Batch:
-    """Lay traces end to end."""
+def pack(encoded: Sequence[EncodedTrace], layers: Sequence[int], run: Run) -> Batch:
+    """Lay traces end to end and decode their hidden states."""
+    traces = [e.trace for e in encoded]
     lengths_B = np.array([t.num_tokens for t in traces])
     starts_B1 = np.concatenate([[0], np.cumsum(lengths_B)])
     token_ids_T = np.concatenate([t.token_ids_T for t in traces]).astype(np.int64)
     rows_R = np.concatenate([start + t.positions_R for start, t in zip(starts_B1[:-1], traces, strict=True)])
-    head, tail = (FlatEntries(_joined(traces, f"{part}_counts_R"), _joined(traces, f"{part}_ids_N"),
-                              _joined(traces, f"{part}_logprobs_N")) for part in ("topk", "tail"))
+    tail_mass_R, topk_counts_R = _joined(traces, "tail_mass_R"), _joined(traces, "topk_counts_R")
+    head = FlatEntries(topk_counts_R, _joined(traces, "topk_ids_N"),
+                       scaled_head(_joined(traces, "topk_logprobs_N"), topk_counts_R, tail_mass_R))
+    tail = FlatEntries(_joined(traces, "tail_counts_R"), _joined(traces, "tail_ids_N"),
+                       _joined(traces, "tail_logprobs_N"))
     return Batch(
         token_ids_T=torch.from_numpy(token_ids_T),
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths_B])),
@@ -164,37 +174,39 @@ def pack(traces: Sequence[Trace], layers: Sequence[int], run: Run) -> Batch:
         loss_mask_T=torch.from_numpy(_joined(traces, "loss_mask_T")),
         rows_R=torch.from_numpy(rows_R), next_ids_R=torch.from_numpy(token_ids_T[rows_R + 1]),
         next_logprob_R=torch.from_numpy(_joined(traces, "next_logprob_R")),
-        hidden={n: _packed_hidden(traces, n, starts_B1) for n in layers},
-        target=SparseTarget.from_flat(head, tail, _joined(traces, "tail_mass_R"), run.spec.target.vocab_size),
+        hidden={n: _packed_hidden(encoded, n, starts_B1, run) for n in layers},
+        target=SparseTarget.from_flat(head, tail, tail_mass_R, run.spec.target.vocab_size),
         ordinals_B=torch.tensor([t.ordinal for t in traces]))
 
 
-def _packed_hidden(traces: Sequence[Trace], layer: int, starts_B1: np.ndarray) -> Tensor:
-    first = traces[0].hidden[layer]
-    packed_TH = np.zeros((int(starts_B1[-1]), first.shape[1]), first.dtype)
-    for start, trace in zip(starts_B1[:-1], traces, strict=True):
-        packed_TH[start:start + trace.num_tokens - 1] = trace.hidden[layer]
-    if packed_TH.dtype == np.uint16:
-        return torch.from_numpy(packed_TH.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(packed_TH)
+def _packed_hidden(encoded: Sequence[EncodedTrace], layer: int, starts_B1: np.ndarray, run: Run) -> Tensor:
+    codec, hidden_size = run.spec.capture.hidden_codec, run.spec.target.hidden_size
+    dtype = torch.float32 if codec == "f32" else torch.bfloat16
+    packed_TH = torch.zeros(int(starts_B1[-1]), hidden_size, dtype=dtype)
+    for start, one in zip(starts_B1[:-1], encoded, strict=True):
+        packed_TH[start:start + one.trace.num_tokens - 1] = decode_hidden(one.blobs[layer], codec, hidden_size,
+                                                                          dtype=dtype)
+    return packed_TH
 
 
 def _joined(traces: Sequence[Trace], attribute: str) -> np.ndarray:
     return np.concatenate([getattr(t, attribute) for t in traces])
 
 
-def _open_shard(root: LocalRoot, run: Run, shard: int,
-                layers: Sequence[int]) -> tuple[pa.Table, pa.Table | None, SidecarInfo | None]:
+def _open_shard(root: LocalRoot, run: Run, shard: int, layers: Sequence[int]) -> tuple[pa.Table, pa.Table]:
+    """The main shard, and as many rows of its sidecar with the wanted layers: none of them leaves ordinals alone."""
     info = _checked_info(root, run, shard)
-    main = read_table(root.local(shard_name(shard)))
+    main = read_main(root.local(shard_name(shard)), info, run.spec.capture)
     if not layers or info.hidden is None:
-        return main, None, None
+        return main, main.select(["ordinal"])
     path = root.local(info.hidden.name)
     _require_size(path, info.hidden.size)
     sidecar = read_sidecar_info(path)
-    if (sidecar.fingerprint, sidecar.shard) != (run.fingerprint, shard):
-        raise DamageError(f"{path} belongs to another run or another shard")
-    return main, read_table(path, ["ordinal", *map(layer_column, layers)]), sidecar
+    if sidecar != sidecar_info(run, shard):
+        raise DamageError(f"{path} does not hold what this run captures of shard {shard}")
+    hidden = read_sidecar(path, sidecar, layers, info.traces, info.tokens)
+    require_same_traces(hidden, main["ordinal"].to_pylist())
+    return main, hidden
 
 
 def _checked_info(root: LocalRoot, run: Run, shard: int) -> ShardInfo:

@@ -83,12 +83,12 @@ class Assembler:
         fields = [np.concatenate(parts)[order] for parts in zip(*(s.head for s in with_rows), strict=True)]
         topk_ids_RK, topk_lp_RK, lse_R, mass_R, tail_ids_RM, tail_lp_RM, next_R = fields
         next_R = _next_logprobs(done, wanted_R, next_R, token_ids_T, topk_ids_RK, topk_lp_RK)
-        sampled_RM = tail_ids_RM >= 0
+        head_RK, sampled_RM = topk_ids_RK >= 0, tail_ids_RM >= 0
         return Trace(
             ordinal=done.ordinal, prompt_id=done.prompt_id, domain=done.domain, finish_reason=done.finish_reason,
             token_ids_T=token_ids_T, loss_mask_T=mask_T, logsumexp_R=lse_R, tail_mass_R=mass_R, next_logprob_R=next_R,
-            topk_counts_R=np.full(len(wanted_R), topk_ids_RK.shape[1], np.int32),
-            topk_ids_N=topk_ids_RK.reshape(-1).astype(np.int32), topk_logprobs_N=topk_lp_RK.reshape(-1),
+            topk_counts_R=head_RK.sum(1).astype(np.int32), topk_ids_N=topk_ids_RK[head_RK].astype(np.int32),
+            topk_logprobs_N=topk_lp_RK[head_RK],
             tail_counts_R=sampled_RM.sum(1).astype(np.int32), tail_ids_N=tail_ids_RM[sampled_RM].astype(np.int32),
             tail_logprobs_N=tail_lp_RM[sampled_RM], hidden=self._hidden(steps, len(token_ids_T), done.ordinal))
 
@@ -128,8 +128,9 @@ def _next_logprobs(done: FinishedTrace, wanted_R: NDArray[np.int64], captured_R:
                                f"{len(wanted_R)} rows were captured")
     hit_RK = topk_ids_RK == token_ids_T[wanted_R + 1][:, None]
     # In the head a token has its own entry; outside it, it cannot be likelier than the head's last entry.
+    last_R1 = np.take_along_axis(topk_lp_RK, (topk_ids_RK >= 0).sum(1, keepdims=True) - 1, 1)
     gap_R = np.where(hit_RK.any(1), np.abs(np.where(hit_RK, topk_lp_RK - next_R[:, None], 0).sum(1)),
-                     next_R - topk_lp_RK[:, -1])
+                     next_R - last_R1[:, 0])
     if (gap_R > NEXT_LOGPROB_TOLERANCE).any():
         row = int(gap_R.argmax())
         raise CaptureError(f"prompt {done.ordinal}: row {row} is not the distribution that token {row} of the response "

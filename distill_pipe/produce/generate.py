@@ -20,6 +20,7 @@ from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
 from distill_pipe.store.card import write_card
+from distill_pipe.store.codec import bytes_per_element
 from distill_pipe.store.commit import adopt_shard, committed_shards
 from distill_pipe.store.manifest import (
     RUN,
@@ -33,7 +34,7 @@ from distill_pipe.store.manifest import (
 )
 from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
 from distill_pipe.store.root import LocalRoot, sha256_of
-from distill_pipe.store.shard import read_table
+from distill_pipe.store.shard import read_quarantine
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, RunSpec
 
 # Failures of ours, not of the corpus: beyond this share the run stops, since something general is wrong.
@@ -63,13 +64,12 @@ def prepare(job: Job) -> tuple[Target, RunSpec]:
     files = corpus_files(job.corpus_files)
     target = resolve_target(job.target, job.revision, job.dtype)
     layers = target.default_layers if job.capture.layers is None else tuple(sorted(set(job.capture.layers)))
-    _check_capture(job, target, layers)
+    capture = job.capture.spec(layers)
+    _check_capture(job, target, capture)
     length = min(job.max_model_len or target.max_model_len, target.max_model_len)
     prompts = sum(1 for _ in read_prompts(job.corpus_files, job.responses, job.limit))
     if prompts == 0:
         raise UsageError(f"corpus {', '.join(map(str, job.corpus_files))} holds no records")
-    capture = CaptureSpec(top_k=job.capture.top_k, tail_samples=job.capture.tail_samples, layers=layers,
-                          hidden_codec=job.capture.hidden_codec, logprob_grid=job.capture.logprob_grid)
     spec = RunSpec(target=target.spec, corpus=CorpusSpec(files=files, prompts=prompts), responses=job.responses,
                    sampling=job.sampling if job.responses == "target" else None, capture=capture,
                    engine=vllm_spec(length), prompts_per_shard=job.prompts_per_shard)
@@ -99,7 +99,8 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     def watch(progress: Progress) -> None:
         nonlocal failed
         on_progress(progress)
-        failed += sum(_failures(root, o.fragment.info.quarantine) for o in progress.outcomes if o.fragment)
+        failed += sum(_failures(root, o.fragment.info.quarantine, o.fragment.info.quarantined)
+                      for o in progress.outcomes if o.fragment)
         if failed > max(1, MAX_FAILED_SHARE * run.spec.corpus.prompts):
             raise QuarantineLimitError(f"{failed} prompts failed in the engine or in capture; see {root}/_quarantine")
 
@@ -120,7 +121,7 @@ def forecast(job: Job) -> Forecast:
     elif not root.is_unused():
         raise UsageError(_not_ours(root))
     shards = spec.num_shards
-    width = 4 if spec.capture.hidden_codec == "f32" else 2
+    width = bytes_per_element(spec.capture.hidden_codec)
     return Forecast(target=target.spec.name, prompts=spec.corpus.prompts, shards=shards,
                     shards_left=shards - (len(committed_shards(root)) if stored else 0), layers=spec.capture.layers,
                     top_k=spec.capture.top_k, tail_samples=spec.capture.tail_samples,
@@ -128,13 +129,14 @@ def forecast(job: Job) -> Forecast:
                     fingerprint=spec.fingerprint)
 
 
-def _check_capture(job: Job, target: Target, layers: tuple[int, ...]) -> None:
+def _check_capture(job: Job, target: Target, capture: CaptureSpec) -> None:
     vocab, depth = target.spec.vocab_size, target.spec.num_layers
-    if job.capture.top_k > vocab:
-        raise UsageError(f"--top-k {job.capture.top_k} is more than the {vocab} tokens of {job.target}'s vocabulary")
-    if layers and layers[-1] > depth:
-        raise UsageError(f"layer {layers[-1]} is out of range: {job.target} has layers 0 (embeddings) to {depth} "
-                         "(before the final norm)")
+    if capture.top_k > vocab:
+        raise UsageError(f"{capture.top_k} head entries are more than the {vocab} tokens of {job.target}'s vocabulary; "
+                         "lower --top-k or --top-k-max")
+    if capture.layers and capture.layers[-1] > depth:
+        raise UsageError(f"layer {capture.layers[-1]} is out of range: {job.target} has layers 0 (embeddings) to "
+                         f"{depth} (before the final norm)")
     if job.max_model_len is not None and job.max_model_len > target.max_model_len:
         raise UsageError(f"max_model_len {job.max_model_len} is more than the {target.max_model_len} tokens that "
                          f"{job.target} can take")
@@ -167,11 +169,11 @@ def _parts(spec: RunSpec, job: Job) -> Iterator[Iterator[list[PlannedPrompt]]]:
         yield (list(islice(prompts, spec.prompts_per_shard)) for _ in range(count))
 
 
-def _failures(root: LocalRoot, quarantine: FileRef | None) -> int:
+def _failures(root: LocalRoot, quarantine: FileRef | None, limit: int) -> int:
     if quarantine is None:
         return 0
-    codes = read_table(root.local(quarantine.name))["code"].to_pylist()
-    return sum(code in ("engine", "not_finite") for code in codes)
+    prompts = read_quarantine(root.local(quarantine.name), limit)
+    return sum(p.code in ("engine", "not_finite") for p in prompts)
 
 
 def _not_ours(root: LocalRoot) -> str:

@@ -1,4 +1,4 @@
-"""Logits to what is stored of them: exact top-K, logsumexp, tail mass, and samples of the tail.
+"""Logits to what is stored of them: exact head, logsumexp, tail mass, and samples of the tail.
 
 Runs where the logits are (torch, any device), on at most a few hundred rows at a time, because one float32 copy of
 `[rows, V]` is the largest thing capture ever holds.
@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill_pipe.store.spec import CaptureSpec
+
 BLOCK = 256
 CHUNK_ROWS = 256
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -26,7 +28,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, slots=True)
 class HeadRows:
-    """The stored part of R rows. Log-probabilities are of the raw logits; a row without tail mass has tail ids -1."""
+    """The stored part of R rows. Log-probabilities are of the raw logits. Head entries that a row does not need have
+    id -1, and so has the whole tail of a row without tail mass."""
 
     topk_ids_RK: Tensor
     topk_logprobs_RK: Tensor
@@ -40,21 +43,28 @@ class HeadRows:
                 self.tail_logprobs_RM)
 
 
-def head_rows(logits_RV: Tensor, top_k: int, tail_samples: int, uniform_R: Tensor) -> HeadRows:
+def head_rows(logits_RV: Tensor, capture: CaptureSpec, uniform_R: Tensor) -> HeadRows:
     """Reduce rows of logits to head, tail mass and tail samples.
 
-    `uniform_R` is in [0, 1), one number per row. The tail mass is summed over the tail itself, in float64 over block
-    sums, so it keeps its relative precision where 1 - sum(head) would have none left.
+    The head is the `top_k` likeliest tokens, or with `coverage` the fewest of them whose mass reaches it. `uniform_R`
+    is in [0, 1), one number per row. The tail mass is summed over the tail itself, in float64 over block sums, so it
+    keeps its relative precision where 1 - sum(head) would have none left.
     """
     logits_RV = logits_RV.float()
-    top_RK, ids_RK = logits_RV.topk(top_k, dim=-1)
+    top_RK, ids_RK = logits_RV.topk(capture.top_k, dim=-1)
     logsumexp_R = logits_RV.logsumexp(-1)
+    top_RK = top_RK - logsumexp_R[:, None]
     probs_RV = (logits_RV - logsumexp_R[:, None]).exp_()
-    probs_RV.scatter_(1, ids_RK, 0.0)
-    mass_R, tail_ids_RM = _sample_tail(probs_RV, tail_samples, uniform_R)
+    if capture.coverage is None:
+        probs_RV.scatter_(1, ids_RK, 0.0)
+    else:
+        needed_RK = _needed(top_RK, capture.coverage)
+        probs_RV.scatter_(1, ids_RK, torch.where(needed_RK, 0.0, top_RK.exp()))
+        ids_RK = torch.where(needed_RK, ids_RK, -1)
+    mass_R, tail_ids_RM = _sample_tail(probs_RV, capture.tail_samples, uniform_R)
     tail_logprobs_RM = logits_RV.gather(1, tail_ids_RM.clamp(min=0)) - logsumexp_R[:, None]
-    return HeadRows(ids_RK.int(), top_RK - logsumexp_R[:, None], logsumexp_R, mass_R.float().clamp(max=1.0),
-                    tail_ids_RM.int(), tail_logprobs_RM)
+    return HeadRows(ids_RK.int(), top_RK, logsumexp_R, mass_R.float().clamp(max=1.0), tail_ids_RM.int(),
+                    tail_logprobs_RM)
 
 
 def row_uniforms(seed: int, ordinal: int, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -64,6 +74,12 @@ def row_uniforms(seed: int, ordinal: int, positions_R: NDArray[np.int64]) -> NDA
         state = _mix(state ^ np.uint64(ordinal))
         bits_R = _mix(state ^ positions_R.astype(np.uint64))
     return (bits_R >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def _needed(top_RK: Tensor, coverage: float) -> Tensor:
+    """The entries before which the head does not cover enough yet; the first is always one of them."""
+    probs_RK = top_RK.double().exp()
+    return probs_RK.cumsum(1) - probs_RK < coverage
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

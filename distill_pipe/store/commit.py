@@ -3,21 +3,24 @@
     scratch files, re-read and checked
       -> sidecars under names that hold their hash        (repeating this is harmless)
       -> main shard at its deterministic name, only if absent     <- this call is the commit
-      -> fragment                                          (rebuilt from the footer when missing)
+      -> token statistics, fragment                        (rebuilt from the shard when missing)
 
 Writers need no lock and may run twice, at the same time or after their driver believes them dead: the first complete
 main shard wins and every other attempt adopts it. A crash leaves at most orphan sidecars and scratch folders.
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distill_pipe.errors import DamageError, MismatchError
 from distill_pipe.store.manifest import (
     FileRef,
     Fragment,
+    HiddenError,
     Measured,
     Run,
     ShardInfo,
@@ -31,34 +34,24 @@ from distill_pipe.store.plan import shard_range
 from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.shard import (
     QuarantinedPrompt,
-    capture_sidecar_info,
-    encode_layers,
     main_table,
+    read_main,
+    read_quarantine,
     read_shard_info,
-    read_table,
-    traces_from_tables,
+    traces_from_table,
     write_main,
     write_quarantine,
-    write_sidecar,
 )
-from distill_pipe.store.trace import Trace
+from distill_pipe.store.sidecar import EncodedTrace, read_sidecar, sidecar_info, write_sidecar
+from distill_pipe.store.statistics import (
+    ShardStatistics,
+    shard_statistics,
+    token_table,
+    token_table_name,
+    write_token_table,
+)
 
 HIDDEN, QUARANTINE = "hidden_states/train", "_quarantine"
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTrace:
-    """A trace whose hidden states are already blobs, so that a shard in the making holds few bytes."""
-
-    trace: Trace
-    blobs: Mapping[int, bytes]
-
-
-def encode_trace(trace: Trace, run: Run) -> EncodedTrace:
-    """Encode the hidden states and let go of the raw ones."""
-    blobs = encode_layers(trace, run.spec.capture.hidden_codec)
-    trace.hidden.clear()
-    return EncodedTrace(trace, blobs)
 
 
 def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[EncodedTrace],
@@ -78,18 +71,22 @@ def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[Encoded
         if run.spec.capture.layers and traces:
             hidden = sidecars[folder / "hidden"] = _write_hidden(run, shard, traces, folder / "hidden")
         if quarantined:
-            write_quarantine(folder / "quarantine", quarantined)
-            quarantine = sidecars[folder / "quarantine"] = _checked_ref(folder / "quarantine", QUARANTINE, shard)
+            quarantine = sidecars[folder / "quarantine"] = _write_quarantine(shard, quarantined, folder / "quarantine")
         path = folder / "main"
-        table, measured = main_table([t.trace for t in traces], run.spec.capture.logprob_grid)
+        table, head_tv_R = main_table([t.trace for t in traces], run.spec.capture.logprob_bits)
+        # Statistics are of the rounded rows, so that they can be had again from the shard.
+        stored = list(traces_from_table(table))
+        measured = _measured(traces, head_tv_R, shard_statistics(stored))
         info = _shard_info(run, shard, traces, len(quarantined), measured, hidden, quarantine)
         write_main(path, table, info)
-        _recheck(path, info)
+        _recheck(path, info, run)
+        write_token_table(folder / "tokens", token_table(stored, run.spec.target.vocab_size))
         fragment = Fragment(file=_file_ref(path, shard_name(shard)), info=info)
         for sidecar, ref in sidecars.items():
             root.publish(sidecar, ref.name)
         if not root.create(path, shard_name(shard)):
             return adopt_shard(root, run, shard)
+        root.publish(folder / "tokens", token_table_name(fragment_name(shard)))
     root.publish_bytes(encode_record(fragment), fragment_name(shard))
     return fragment
 
@@ -146,14 +143,20 @@ def _require_coverage(run: Run, shard: int, traces: Sequence[EncodedTrace],
 
 
 def _write_hidden(run: Run, shard: int, traces: Sequence[EncodedTrace], path: Path) -> FileRef:
-    info = capture_sidecar_info(run.spec.capture, run.spec.target.hidden_size, run.fingerprint, shard)
-    write_sidecar(path, [t.blobs for t in traces], [t.trace.ordinal for t in traces], info)
-    return _checked_ref(path, HIDDEN, shard)
+    info = sidecar_info(run, shard)
+    write_sidecar(path, traces, info)
+    read_sidecar(path, info, info.layers, len(traces), sum(t.trace.num_tokens for t in traces))
+    return _content_named(path, HIDDEN, shard)
 
 
-def _checked_ref(path: Path, folder: str, shard: int) -> FileRef:
-    """The name that a scratch file will have, after reading it back."""
-    read_table(path)
+def _write_quarantine(shard: int, prompts: Sequence[QuarantinedPrompt], path: Path) -> FileRef:
+    write_quarantine(path, prompts)
+    read_quarantine(path, len(prompts))
+    return _content_named(path, QUARANTINE, shard)
+
+
+def _content_named(path: Path, folder: str, shard: int) -> FileRef:
+    """The name that a scratch file will have once it was read back."""
     digest = sha256_of(path)
     return FileRef(name=sidecar_name(folder, shard, digest), sha256=digest, size=path.stat().st_size)
 
@@ -171,9 +174,23 @@ def _shard_info(run: Run, shard: int, traces: Sequence[EncodedTrace], num_quaran
                      quarantine=quarantine, measured=measured)
 
 
-def _recheck(path: Path, info: ShardInfo) -> None:
+def _measured(traces: Sequence[EncodedTrace], head_tv_R: NDArray[np.float64], statistics: ShardStatistics) -> Measured:
+    tail_R = np.concatenate([t.trace.tail_mass_R for t in traces]) if traces else np.empty(0, np.float32)
+    layers = traces[0].errors if traces else {}
+    errors = {n: np.concatenate([t.errors[n] for t in traces]) for n in layers}
+    return Measured(
+        head_tv_error_max=float(head_tv_R.max(initial=0)), head_tv_error_mean=_mean(head_tv_R),
+        tail_mass_mean=_mean(tail_R), statistics=statistics,
+        hidden=tuple(HiddenError(layer=n, rows=len(e), mean=_mean(e), max=float(e.max())) for n, e in errors.items()))
+
+
+def _mean(values: NDArray[np.floating]) -> float:
+    return float(values.mean(dtype=np.float64)) if len(values) else 0.0
+
+
+def _recheck(path: Path, info: ShardInfo, run: Run) -> None:
     """Read back what was written: a Parquet writer that met an error can leave a file that opens and is short."""
-    traces = list(traces_from_tables(read_table(path), None, None))
+    traces = list(traces_from_table(read_main(path, info, run.spec.capture)))
     rows = sum(t.num_rows for t in traces)
     if (len(traces), rows) != (info.traces, info.rows):
         raise DamageError(f"shard {info.shard} read back as {len(traces)} traces with {rows} rows, written were "

@@ -10,7 +10,7 @@ from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.manifest import Run, require_run
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_table, traces_from_tables
+from distill_pipe.store.shard import read_main, traces_from_table
 from distill_pipe.store.trace import Trace
 
 
@@ -37,11 +37,12 @@ def inspect_trace(root: LocalRoot, ordinal: int, candidates: int) -> tuple[list[
         raise UsageError(f"trace {ordinal} is not in the plan, which has prompts 0 to {run.spec.corpus.prompts - 1}")
     if shard not in committed_shards(root):
         raise UsageError(f"trace {ordinal} is in shard {shard}, which is not committed yet")
-    table = read_table(root.local(shard_fragment(root, run, shard).file.name))
+    fragment = shard_fragment(root, run, shard)
+    table = read_main(root.local(fragment.file.name), fragment.info, run.spec.capture)
     rows = np.flatnonzero(table["ordinal"].to_numpy() == ordinal)
     if len(rows) == 0:
         raise UsageError(f"trace {ordinal} was quarantined; see {root}/_quarantine")
-    trace = next(traces_from_tables(table.slice(int(rows[0]), 1), None, None))
+    trace = next(traces_from_table(table.slice(int(rows[0]), 1)))
     return _tokens(trace, candidates), run
 
 

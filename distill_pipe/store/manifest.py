@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from distill_pipe.errors import MismatchError
 from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.spec import FORMAT_VERSION, RunSpec, Sha256, spec_differences
+from distill_pipe.store.statistics import ShardStatistics
 
 RUN = "run.json"
 FINAL_NORM = "target/final_norm.parquet"
@@ -40,13 +41,25 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     created_at: str
 
 
+class HiddenError(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the codec did to one layer: relative error (length of the error over length of the row, decoded to float32)
+    of `rows` rows that were decoded again while the shard was written."""
+
+    layer: Count
+    rows: Count
+    mean: float
+    max: float
+
+
 class Measured(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured while the shard was written. `head_tv_error_max`: the largest total variation, over rows,
-    that rounding log-probabilities to the grid put into the head."""
+    """What was measured while the shard was written. `head_tv_error_*`: the total variation that rounding put into the
+    head of a row, scaled as a reader scales it; the largest over the rows, and the mean."""
 
     head_tv_error_max: float
     head_tv_error_mean: float
     tail_mass_mean: float
+    hidden: tuple[HiddenError, ...]
+    statistics: ShardStatistics
 
 
 class ShardInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

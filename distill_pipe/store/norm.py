@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from distill_pipe.errors import DamageError
 from distill_pipe.store.manifest import FINAL_NORM
+from distill_pipe.store.parquet import read_table
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_table
 
 
 def write_final_norm(root: LocalRoot, weight_H: NDArray[np.float32]) -> None:

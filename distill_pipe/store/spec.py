@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 FORMAT_VERSION: Final = 1
 
 Responses = Literal["target", "corpus"]
-HiddenCodec = Literal["bf16", "bf16-split", "f32"]
+HiddenCodec = Literal["f32", "bf16", "bf16-split", "fp8", "q8", "q6", "q5"]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -60,15 +60,18 @@ class SamplingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class CaptureSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is kept of the target at each supervised position.
 
-    `layers` are canonical: n is the residual stream after n decoder layers, 0 the embeddings, N the state before the
-    final norm. `logprob_grid` is the step, in nats, that stored log-probabilities are rounded to; 0 keeps float32.
+    `top_k` is the number of head entries of every row; with `coverage` it is the most that a row may have, and the row
+    takes as few as hold that share of the probability. `layers` are canonical: n is the residual stream after n decoder
+    layers, 0 the embeddings, N the state before the final norm. `logprob_bits` is how many significant bits of a
+    log-probability are stored; 24 keeps float32 as it is.
     """
 
     top_k: Annotated[int, Meta(ge=1)] = 32
+    coverage: Annotated[float, Meta(gt=0, lt=1)] | None = None
     tail_samples: Annotated[int, Meta(ge=0)] = 8
     layers: tuple[Annotated[int, Meta(ge=0)], ...] = ()
     hidden_codec: HiddenCodec = "bf16-split"
-    logprob_grid: Annotated[float, Meta(ge=0, le=1)] = 1 / 32
+    logprob_bits: Annotated[int, Meta(ge=3, le=24)] = 7
 
 
 class EngineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,19 +9,15 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from distill_pipe.errors import DistillPipeError, MismatchError
+from distill_pipe.errors import DamageError, DistillPipeError, MismatchError
 from distill_pipe.store.commit import HIDDEN, QUARANTINE, listed_shards, shard_fragment
-from distill_pipe.store.manifest import FINAL_NORM, Fragment, Run, check_file, require_run
+from distill_pipe.store.manifest import FINAL_NORM, FileRef, Fragment, Run, check_file, require_run
 from distill_pipe.store.norm import read_final_norm
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import (
-    capture_sidecar_info,
-    read_shard_info,
-    read_sidecar_info,
-    read_table,
-    traces_from_tables,
-)
+from distill_pipe.store.shard import read_main, read_quarantine, read_shard_info, traces_from_table
+from distill_pipe.store.sidecar import check_sidecar, read_sidecar, read_sidecar_info, sidecar_info
+from distill_pipe.store.trace import Trace
 
 
 class Report(Struct, frozen=True, kw_only=True):
@@ -103,23 +99,28 @@ def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list
     check_file(root, fragment.file)
     if read_shard_info(path) != fragment.info:
         raise MismatchError(f"{path}: its footer and its fragment disagree")
-    main = read_table(path)
-    hidden, sidecar = None, None
+    traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture)))
     if fragment.info.hidden is not None:
-        check_file(root, fragment.info.hidden)
-        hidden_path = root.local(fragment.info.hidden.name)
-        hidden, sidecar = read_table(hidden_path), read_sidecar_info(hidden_path)
-        if sidecar != capture_sidecar_info(run.spec.capture, run.spec.target.hidden_size, run.fingerprint, shard):
-            raise MismatchError(f"{hidden_path} does not hold what its run captures of shard {shard}")
-    traced = []
-    for trace in traces_from_tables(main, hidden, sidecar):
-        if hidden is not None and tuple(trace.hidden) != run.spec.capture.layers:
-            raise MismatchError(f"{path}: trace {trace.ordinal} lacks hidden states of some layers")
-        traced.append(trace.ordinal)
+        _verify_sidecar(root, run, fragment, fragment.info.hidden, traces)
+    traced = [trace.ordinal for trace in traces]
     given_up: list[int] = []
     if fragment.info.quarantine is not None:
         check_file(root, fragment.info.quarantine)
-        given_up = read_table(root.local(fragment.info.quarantine.name))["ordinal"].to_pylist()
+        quarantine = root.local(fragment.info.quarantine.name)
+        given_up = [p.ordinal for p in read_quarantine(quarantine, fragment.info.quarantined)]
     if sorted(traced + given_up) != list(range(*shard_range(run, shard))):
         raise MismatchError(f"{path}: its traces and quarantined prompts are not exactly those of its plan")
     return fragment, traced, given_up
+
+
+def _verify_sidecar(root: LocalRoot, run: Run, fragment: Fragment, ref: FileRef, traces: list[Trace]) -> None:
+    check_file(root, ref)
+    path = root.local(ref.name)
+    info = read_sidecar_info(path)
+    if info != sidecar_info(run, fragment.info.shard):
+        raise MismatchError(f"{path} does not hold what its run captures of shard {fragment.info.shard}")
+    table = read_sidecar(path, info, info.layers, fragment.info.traces, fragment.info.tokens)
+    try:
+        check_sidecar(table, info, traces)
+    except DamageError as error:
+        raise DamageError(f"{path}: {error}") from None

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.filterwarnings("default")]
 
 NUM_PROMPTS, MAX_TOKENS = 48, 32
 SETTINGS = [f"sampling.max_tokens={MAX_TOKENS}", "capture.layers=[2, 15, 27, 30]", "capture.hidden_codec=f32",
-            "capture.logprob_grid=0", f"prompts_per_shard={NUM_PROMPTS}"]
+            "capture.logprob_bits=24", f"prompts_per_shard={NUM_PROMPTS}"]
 
 
 def new_run(folder: Path, name: str, corpus: Path, responses: str) -> tuple[str, LocalRoot, Run]:

@@ -1,0 +1,292 @@
+"""Reading Parquet files of ours that may be damaged, or made to harm.
+
+A file is trusted no further than the records that describe it allow: what a column may hold at the most is known before
+anything is unpacked, and a file that claims more is refused (see `pages`). pyarrow never parses the file's own footer
+then, but one made of the few numbers that were checked: it can decode nothing else. After that, page checksums decide.
+The trade-off: footer and page headers are parsed in Python, which costs a millisecond or two per file; and files that
+are valid Parquet, but not what our writer writes, are refused.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill_pipe.errors import DamageError, MismatchError
+from distill_pipe.store.pages import (
+    BINARY,
+    I32,
+    I32S,
+    I64,
+    STRINGS,
+    STRUCT,
+    STRUCTS,
+    Chunk,
+    CompactReader,
+    Fields,
+    Limit,
+    MalformedError,
+    PageWalk,
+    binary,
+    encode,
+    integer,
+    items,
+    struct,
+    structs,
+)
+
+__all__ = ["Limit", "read_footer_value", "read_table"]
+
+_MAGIC: Final = b"PAR1"
+MAX_FOOTER_BYTES: Final = 16 << 20
+# Where pyarrow parses a footer itself. A schema nests no deeper than it is long, which older pyarrow follows until the
+# stack overflows; a plan has a thousand row groups, and nothing of ours has a longer list.
+_MAX_LIST, _MAX_STRING_BYTES = 2048, 1 << 20
+# pyarrow hands on what its C++ throws: mostly ArrowException and OSError, but also bad_alloc, out_of_range and others.
+_FAILURES: Final = (OSError, pa.ArrowException, ValueError, RuntimeError, MemoryError, IndexError, OverflowError)
+# Codecs that every pyarrow can unpack: none, Snappy, gzip, Brotli, zstd, LZ4.
+_CODECS = (0, 1, 2, 4, 6, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column that is read: its part of the footer's schema, and which of the leaves it is."""
+
+    name: str
+    elements: list[Fields]
+    leaf: int
+
+    @property
+    def is_list(self) -> bool:
+        return len(self.elements) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A row group: its rows, and the chunks of the columns that are read."""
+
+    rows: int
+    chunks: list[Chunk]
+
+
+def read_table(path: Path, schema: pa.Schema | None = None, limits: Mapping[str, Limit] | None = None,
+               columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole Parquet file of ours with page checksums verified.
+
+    With `schema`, its columns and no others, in its order; `columns` narrows them down. With `limits`, which need a
+    schema and hold one for each column that is read, nothing is decoded before the file is known to stay within them.
+    Without a schema the file is taken as pyarrow takes it.
+
+    Raises:
+        DamageError: the file is missing, truncated, corrupt, lacks a column of the schema or goes beyond a limit;
+            names the file and, wherever possible, row group and column.
+    """
+    if schema is None:
+        if limits is not None:
+            raise ValueError("limits need a schema")
+        with _opened(path) as source:
+            _footer_bytes(source)
+            return _decode(path, _parquet_file(source), None if columns is None else list(columns))
+    wanted = schema if columns is None else pa.schema([f for f in schema if f.name in columns])
+    with _opened(path) as source:
+        footer, start = _footer(source)
+        parts, num_leaves = _columns(footer, wanted.names)
+        groups = _groups(footer, start, parts, num_leaves)
+        file = _parquet_file(source, _checked_footer(wanted, parts, groups))
+        _check_types(file.schema_arrow, wanted)
+        if limits is not None:
+            _check_pages(source, parts, groups, limits)
+        return pa.table(_decode(path, file, None).columns, schema=wanted)
+
+
+def read_footer_value(path: Path, key: bytes) -> bytes:
+    """The footer's key-value metadata entry `key`.
+
+    Raises:
+        DamageError: the file is missing, or its footer cannot be read.
+        MismatchError: there is no such entry.
+    """
+    with _opened(path) as source:
+        for entry in structs(_footer(source)[0], 5):
+            if binary(entry, 1) == key:
+                return binary(entry, 2)
+    raise MismatchError(f"{path} was not written by distill-pipe")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pa.NativeFile]:
+    """One handle for all that is read, so that what was checked is what is decoded. Failures become DamageError."""
+    try:
+        with pa.OSFile(str(path)) as source:
+            yield source
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing") from None
+    except MalformedError as error:
+        raise DamageError(f"{path}: {error}") from error
+    except _FAILURES as error:
+        raise DamageError(f"{path} cannot be read: {error}") from error
+
+
+def _footer_bytes(source: pa.NativeFile) -> tuple[bytes, int]:
+    """The footer, and where it starts. Its length is looked at before as much is allocated."""
+    size: int = source.size()
+    tail = source.read_at(8, size - 8) if size >= len(_MAGIC) + 8 else b""
+    if tail[4:] != _MAGIC or source.read_at(4, 0) != _MAGIC:
+        raise MalformedError("truncated, or no Parquet file")
+    length = int.from_bytes(tail[:4], "little")
+    if length > min(MAX_FOOTER_BYTES, size - len(_MAGIC) - 8):
+        raise MalformedError(f"the footer is said to have {length} bytes")
+    return source.read_at(length, size - 8 - length), size - 8 - length
+
+
+def _footer(source: pa.NativeFile) -> tuple[Fields, int]:
+    data, start = _footer_bytes(source)
+    try:
+        return CompactReader(data).fields(), start
+    except IndexError:
+        raise MalformedError("the footer does not end") from None
+
+
+def _columns(footer: Fields, names: Sequence[str]) -> tuple[list[_Column], int]:
+    """The wanted columns, and how many leaves there are in all. The schema is a tree, written in depth-first order."""
+    elements = structs(footer, 2)
+    children = [integer(e, 5) if 5 in e else 0 for e in elements]
+    found: dict[str, _Column | None] = dict.fromkeys(names)
+    start = 1
+    while start < len(elements):
+        end, open_elements = start, 1
+        while open_elements and end < len(elements):
+            open_elements += children[end] - 1
+            end += 1
+        name = binary(elements[start], 4).decode(errors="replace")
+        if name in found:
+            if children[start:end] not in ([0], [1, 1, 0]):
+                raise MalformedError(f"column {name} is neither a plain column nor a plain list")
+            if found[name]:
+                raise MalformedError(f"column {name} is there twice")
+            found[name] = _Column(name, elements[start:end], children[1:start].count(0))
+        start = end
+    missing = [name for name, column in found.items() if column is None]
+    if missing:
+        raise MalformedError(f"column {missing[0]} is missing")
+    return [column for column in found.values() if column is not None], children[1:].count(0)
+
+
+def _groups(footer: Fields, data_end: int, parts: Sequence[_Column], num_leaves: int) -> list[_Group]:
+    """The row groups. Our writer lays chunks end to end from the magic on, in order: so none overlaps another."""
+    groups, position, codecs = [], len(_MAGIC), set()
+    for number, group in enumerate(structs(footer, 4)):
+        columns = structs(group, 1)
+        metas = [struct(column, 3) for column in columns]
+        if len(metas) != num_leaves:
+            raise MalformedError(f"row group {number} has {len(metas)} columns, but the schema {num_leaves}")
+        for leaf, meta in enumerate(metas):
+            size = integer(meta, 7, I64)
+            if size and integer(meta, 11 if 11 in meta else 9, I64) != position:
+                raise MalformedError(f"row group {number}: column {leaf} is not where it should be")
+            position += size
+            codecs.add(integer(meta, 4))
+        chunks = []
+        for part in parts:
+            with _located(number, part.name):
+                chunks.append(_chunk(columns[part.leaf], part))
+        groups.append(_Group(integer(group, 3, I64), chunks))
+    if position > data_end or sum(g.rows for g in groups) != integer(footer, 3, I64) or len(codecs) > 1:
+        raise MalformedError("the footer contradicts itself")
+    return groups
+
+
+def _chunk(fields: Fields, part: _Column) -> Chunk:
+    meta = struct(fields, 3)
+    if {1, 8, 9} & fields.keys():
+        raise MalformedError("encrypted, or in another file")
+    if {10, 11} & meta.keys():
+        raise MalformedError("has a dictionary or an index page")
+    if integer(meta, 1) != integer(part.elements[-1], 1) or integer(meta, 4) not in _CODECS:
+        raise MalformedError("the footer contradicts itself")
+    encodings = tuple(e for e in items(meta, 2, I32S) if isinstance(e, int))
+    return Chunk(start=integer(meta, 9, I64), size=integer(meta, 7, I64), physical_type=integer(meta, 1),
+                 encodings=encodings, codec=integer(meta, 4), values=integer(meta, 5, I64))
+
+
+def _check_types(found: pa.Schema, wanted: pa.Schema) -> None:
+    for is_, should in zip(found, wanted, strict=True):
+        if not is_.equals(should):
+            nulls = ["" if field.nullable else " not null" for field in (is_, should)]
+            raise MalformedError(f"column {should.name} is {is_.type}{nulls[0]}, expected {should.type}{nulls[1]}")
+
+
+def _check_pages(source: pa.NativeFile, parts: Sequence[_Column], groups: Sequence[_Group],
+                 limits: Mapping[str, Limit]) -> None:
+    for index, part in enumerate(parts):
+        walk = PageWalk(source, part.is_list, limits[part.name])
+        for number, group in enumerate(groups):
+            with _located(number, part.name):
+                walk.check(group.chunks[index], group.rows)
+
+
+def _checked_footer(schema: pa.Schema, parts: Sequence[_Column], groups: Sequence[_Group]) -> pq.FileMetaData:
+    """A footer that says what was checked and nothing else. `ARROW:schema` is what pyarrow tells `binary` from
+    `large_binary` by; it comes from the schema, not from the file."""
+    root: Fields = {4: (BINARY, b"schema"), 5: (I32, len(parts))}
+    arrow: Fields = {1: (BINARY, b"ARROW:schema"), 2: (BINARY, base64.b64encode(schema.serialize().to_pybytes()))}
+    footer = encode({
+        1: (I32, 2),
+        2: (STRUCTS, [root, *(element for part in parts for element in part.elements)]),
+        3: (I64, sum(group.rows for group in groups)),
+        4: (STRUCTS, [{1: (STRUCTS, [_chunk_fields(chunk) for chunk in group.chunks]), 2: (I64, 0),
+                       3: (I64, group.rows)} for group in groups]),
+        5: (STRUCTS, [arrow]),
+    })
+    return pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
+
+
+def _chunk_fields(chunk: Chunk) -> Fields:
+    return {2: (I64, 0), 3: (STRUCT, {
+        1: (I32, chunk.physical_type), 2: (I32S, list(chunk.encodings)), 3: (STRINGS, []), 4: (I32, chunk.codec),
+        5: (I64, chunk.values), 6: (I64, 0), 7: (I64, chunk.size), 9: (I64, chunk.start)})}
+
+
+def _parquet_file(source: pa.NativeFile, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, arrow_extensions_enabled=False,
+                          thrift_string_size_limit=_MAX_STRING_BYTES, thrift_container_size_limit=_MAX_LIST)
+
+
+def _decode(path: Path, file: pq.ParquetFile, names: list[str] | None) -> pa.Table:
+    try:
+        table = _valid(file.read(columns=names))
+    except _FAILURES as error:
+        raise DamageError(_culprit(path, file, names) or f"{path} cannot be read: {error}") from error
+    if table.num_rows != file.metadata.num_rows:
+        raise DamageError(f"{path} holds {table.num_rows} rows, but the footer says {file.metadata.num_rows}")
+    return table
+
+
+def _culprit(path: Path, file: pq.ParquetFile, names: list[str] | None) -> str | None:
+    """Where reading fails first; None if every column of every row group can be read on its own."""
+    for group in range(file.num_row_groups):
+        for name in file.schema_arrow.names if names is None else names:
+            try:
+                _valid(file.read_row_group(group, columns=[name]))
+            except _FAILURES as error:
+                return f"{path}: row group {group}, column {name}: {error}"
+    return None
+
+
+def _valid(table: pa.Table) -> pa.Table:
+    """The table, after a look at list offsets and UTF-8, which decoding does not check."""
+    table.validate(full=True)
+    return table
+
+
+@contextmanager
+def _located(group: int, column: str) -> Iterator[None]:
+    try:
+        yield
+    except MalformedError as error:
+        raise MalformedError(f"row group {group}, column {column}: {error}") from None
