@@ -1,4 +1,5 @@
-"""Readers without this package: DuckDB, pyarrow.dataset, Hugging Face `datasets`, and a decoder written from FORMAT.md.
+"""Readers without this package: DuckDB, Polars, pandas, pyarrow.dataset, Hugging Face `datasets`, and a decoder written
+from FORMAT.md.
 
 Each recomputes the same numbers from the main shards by the alignment and list rules of `schemas/FORMAT.md`, and must
 agree with `inspect` and `status`. What is caught: a layout, type or setting that only our own reader understands.
@@ -9,18 +10,24 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import duckdb
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow.compute as pc
 import pyarrow.dataset
 import pytest
 import torch
 from tiny_datasets import Shape, make_dataset, random_trace
 
+from distill_pipe.consume.losses import lk_alpha_loss
+from distill_pipe.consume.reader import ShardReader
 from distill_pipe.store.card import write_card
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.spec import HiddenCodec
 from distill_pipe.store.status import status
 
 datasets = pytest.importorskip("datasets")
@@ -96,6 +103,62 @@ def test_duckdb_joins_the_sidecar_by_ordinal(root: Path) -> None:
                                 ).fetchall()
     assert len(rows) == PROMPTS
     assert all(size == 2 * SHAPE.hidden_size * (tokens - 1) for size, tokens in rows)
+
+
+def test_polars_reads_main_shards(root: Path, expected: Expected) -> None:
+    frame = pl.scan_parquet(f"{root}/data/train/*/*.parquet")
+    row = frame.filter(pl.col("ordinal") == 0).select(
+        pl.col("loss_mask").list.slice(1), pl.col("topk_ids").list.first(), pl.col("topk_logprobs").list.first().exp(),
+    ).collect().row(0)
+    assert row[0].index(True) == expected.position
+    assert row[1:] == (expected.top_id, pytest.approx(expected.top_probability, rel=1e-6))
+    mean = frame.select(pl.col("tail_mass").explode().mean()).collect().item()
+    assert mean == pytest.approx(expected.tail_mass_mean, rel=1e-5)
+
+
+def test_polars_joins_the_sidecar_by_ordinal(root: Path) -> None:
+    main = pl.read_parquet(f"{root}/data/train/*/*.parquet", columns=["ordinal", "token_ids"])
+    hidden = pl.read_parquet(f"{root}/hidden_states/train/*/*.parquet")
+    joined = main.join(hidden, on="ordinal").select(pl.col("layer_02").bin.size(), pl.col("token_ids").list.len())
+    assert len(joined) == PROMPTS
+    assert all(size == 2 * SHAPE.hidden_size * (tokens - 1) for size, tokens in joined.iter_rows())
+
+
+def test_pandas_reads_main_shards(root: Path, expected: Expected) -> None:
+    frame = pd.read_parquet(root / "data" / "train").set_index("ordinal")
+    position, top_id, probability = first_row(frame.loc[0, "loss_mask"].tolist(), frame.loc[0, "topk_ids"],
+                                              frame.loc[0, "topk_logprobs"])
+    assert (position, top_id) == (expected.position, expected.top_id)
+    assert probability == pytest.approx(expected.top_probability, rel=1e-6)
+    assert np.concatenate(frame["tail_mass"].tolist()).mean() == pytest.approx(expected.tail_mass_mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("codec", get_args(HiddenCodec))
+def test_foreign_readers_see_the_same_blobs_and_scales_in_every_codec(tmp_path: Path, codec: HiddenCodec) -> None:
+    make_dataset(tmp_path, 3, Shape(layers=(2,), hidden_codec=codec))
+    (path,) = (tmp_path / "hidden_states").rglob("*.parquet")
+    wanted = pyarrow.dataset.dataset(path).to_table().to_pydict()
+    assert pl.read_parquet(path).to_dict(as_series=False) == wanted
+    with duckdb.connect() as database:
+        cursor = database.execute(f"SELECT * FROM '{path}'")  # noqa: S608 - a path of the test's own
+        names = [column[0] for column in cursor.description]
+        assert dict(zip(names, map(list, zip(*cursor.fetchall(), strict=True)), strict=True)) == wanted
+    records = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert {name: list(records[name]) for name in records.column_names} == wanted
+
+
+def test_duckdb_and_polars_read_token_ids_of_a_vocabulary_of_a_quarter_million(tmp_path: Path) -> None:
+    make_dataset(tmp_path, 2, Shape(vocab_size=262_144, layers=()))
+    largest = max(int(random_trace(i, Shape(vocab_size=262_144, layers=())).topk_ids_N.max()) for i in range(2))
+    assert largest > 2**17
+    assert pl.read_parquet(f"{tmp_path}/data/train/*/*.parquet")["topk_ids"].explode().max() == largest
+    with duckdb.connect() as database:
+        row = database.execute(f"SELECT max(list_max(topk_ids)) FROM '{tmp_path}/data/train/*/*.parquet'"  # noqa: S608
+                               ).fetchone()
+    assert row == (largest,)
+    (batch,) = ShardReader(tmp_path)
+    assert batch.target.topk_ids_RK.max() == largest
+    assert lk_alpha_loss(torch.zeros(len(batch.target), 262_144), batch.target).alpha.isfinite()
 
 
 def test_pyarrow_dataset_reads_main_shards(root: Path, expected: Expected) -> None:

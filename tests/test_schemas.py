@@ -13,17 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tiny_datasets import make_dataset, start_run
 
 from distill_pipe.errors import MismatchError
 from distill_pipe.produce.head import row_uniforms
 from distill_pipe.produce.job import load_job
 from distill_pipe.produce.worker import _CODES
-from distill_pipe.store.codec import decode_hidden, encode_hidden
+from distill_pipe.store.codec import HiddenBlob
 from distill_pipe.store.commit import adopt_shard, commit_shard
-from distill_pipe.store.manifest import FINAL_NORM, RUN, fragment_name, require_run, shard_name
+from distill_pipe.store.finalize import MANIFEST, STATISTICS, SUCCESS, TOKENS, finalize
+from distill_pipe.store.hidden_codec import decode_hidden, encode_hidden, relative_errors
+from distill_pipe.store.manifest import FINAL_NORM, RUN, Fragment, fragment_name, require_run, shard_name
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import MAIN_SCHEMA, QUARANTINE_SCHEMA, QuarantinedPrompt, read_table, traces_from_tables
+from distill_pipe.store.parquet import read_table
+from distill_pipe.store.shard import MAIN_SCHEMA, QUARANTINE_SCHEMA, QuarantinedPrompt, read_main, traces_from_table
 from distill_pipe.store.spec import HiddenCodec, Sha256
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -158,8 +162,7 @@ def test_format_names_every_quarantine_code_that_is_given_out() -> None:
 
 
 def test_format_names_every_codec() -> None:
-    assert [row[0] for row in table_rows(section("7.1"))] == ["f32", "bf16", "bf16-split"]
-    assert {row[0] for row in table_rows(section("7.1"))} == set(get_args(HiddenCodec))
+    assert [row[0] for row in table_rows(section("7.1"))] == list(get_args(HiddenCodec))
 
 
 def test_format_describes_every_field_of_a_shard_record(dataset: LocalRoot) -> None:
@@ -168,29 +171,51 @@ def test_format_describes_every_field_of_a_shard_record(dataset: LocalRoot) -> N
     assert set(footer(dataset.local(shard_name(0)))["measured"]) <= described
 
 
-def test_byte_example_of_the_format_is_what_the_codecs_write_and_its_decoder_reads() -> None:
-    lines = dict(line.split(None, 1) for line in block(section("7.1"), "text").splitlines())
-    values_TH = np.array(lines.pop("values").split(), np.float32).reshape(2, 2)
+def decoder() -> Any:
+    """`decode` as FORMAT.md prints it; run so that it cannot be wrong."""
     scope: dict[str, Any] = {}
-    exec(block(section("7.1"), "python"), scope)  # noqa: S102 - our own file; run so that it cannot be wrong
+    exec(block(section("7.2"), "python"), scope)  # noqa: S102 - our own file
+    return scope["decode"]
+
+
+def test_byte_example_of_the_format_is_what_the_codecs_write_and_its_decoder_reads() -> None:
+    lines = dict(line.split(None, 1) for line in block(section("7.2"), "text").splitlines())
+    values_NH = torch.tensor([float(v) for v in lines.pop("values").split()]).view(2, 2)
     assert set(lines) == set(get_args(HiddenCodec))
     for codec, text in lines.items():
-        blob = bytes.fromhex(text)
-        assert encode_hidden(values_TH, codec) == blob
-        assert scope["decode"](blob, codec, 2) == values_TH.tolist()
+        data, _, scales = text.partition("  scales ")
+        blob = encode_hidden(values_NH, codec)
+        scale_N = np.frombuffer(bytes.fromhex(scales), "<f4")
+        assert (blob.data, 0 if blob.scale_T is None else blob.scale_T.tobytes()) == (
+            bytes.fromhex(data), scale_N.tobytes() or 0), codec
+        decoded_NH = torch.tensor(decoder()(blob.data, scale_N if scales else None, codec, 2))
+        assert relative_errors(values_NH, decoded_NH).max() < 0.1, codec
+        assert torch.equal(decoded_NH, values_NH) or codec[0] in "fq", codec
 
 
 @pytest.mark.parametrize("codec", get_args(HiddenCodec))
-def test_decoder_of_the_format_agrees_with_the_codec_on_all_finite_bfloat16_values(codec: HiddenCodec) -> None:
-    scope: dict[str, Any] = {}
-    exec(block(section("7.1"), "python"), scope)  # noqa: S102 - our own file
-    bits = np.arange(2**16, dtype=np.uint16)
-    bits_TH = bits[(bits & 0x7F80) != 0x7F80].reshape(-1, 8)
-    blob = encode_hidden(bits_TH, codec)
-    decoded_TH = decode_hidden(blob, codec, 8)
-    values_TH = decoded_TH if codec == "f32" else (decoded_TH.astype(np.uint32) << 16).view(np.float32)
-    read_TH = np.array(scope["decode"](blob, codec, 8), np.float32)
-    assert np.array_equal(read_TH.view(np.uint32), values_TH.view(np.uint32))
+@pytest.mark.parametrize("width", [1, 7, 12, 64])
+def test_decoder_of_the_format_agrees_with_the_codec(codec: HiddenCodec, width: int) -> None:
+    rows_NH = torch.randn(5, width, generator=torch.Generator().manual_seed(width))
+    blob = encode_hidden(rows_NH, codec)
+    decoded_NH = decode_hidden(blob, codec, width, dtype=torch.float32)
+    read_NH = torch.tensor(decoder()(blob.data, blob.scale_T, codec, width))
+    assert torch.allclose(read_NH, decoded_NH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "bf16-split", "f32"])
+def test_decoder_of_the_format_reads_every_finite_bfloat16_value(codec: HiddenCodec) -> None:
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    exact_NH = bits[(bits & 0x7F80) != 0x7F80].view(torch.bfloat16).view(-1, 8)
+    read_NH = torch.tensor(decoder()(encode_hidden(exact_NH, codec).data, None, codec, 8))
+    assert torch.equal(read_NH.view(torch.int32), exact_NH.float().view(torch.int32))
+
+
+def test_decoder_of_the_format_reads_every_finite_fp8_value() -> None:
+    data = bytes(b for b in range(256) if b & 0x7F != 0x7F)
+    read = decoder()(data, [1.0], "fp8", len(data))[0]
+    wanted_1H = decode_hidden(HiddenBlob(data, np.ones(1, np.float32)), "fp8", len(data), dtype=torch.float32)
+    assert read == wanted_1H[0].tolist()
 
 
 def test_fingerprint_can_be_had_from_the_text_of_run_json_as_the_format_says(tmp_path: Path) -> None:
@@ -237,7 +262,8 @@ def test_parquet_settings_that_the_format_promises(dataset: LocalRoot) -> None:
         group = pq.read_metadata(dataset.local(name)).row_group(0)
         columns = [group.column(i) for i in range(group.num_columns)]
         assert {c.compression for c in columns} == {"ZSTD"}, name
-        assert name != hidden.name or not any(c.has_dictionary_page for c in columns)
+        assert not any(c.has_dictionary_page for c in columns), name
+        assert {e for c in columns for e in c.encodings} <= {"PLAIN", "RLE", "BYTE_STREAM_SPLIT"}, name
         assert all(c.path_in_schema.endswith(".list.element") for c in columns if "." in c.path_in_schema)
     assert pq.read_metadata(dataset.local(run.plan[0].name)).num_row_groups == 2
 
@@ -257,7 +283,43 @@ def test_a_shard_whose_prompts_are_all_quarantined_reads_as_the_format_says(tmp_
 def test_reader_ignores_unknown_columns_and_the_order_of_columns(dataset: LocalRoot) -> None:
     main = read_table(dataset.local(shard_name(0)))
     wider = main.select(main.column_names[::-1]).append_column("new", pa.array([1] * main.num_rows))
-    assert [t.ordinal for t in traces_from_tables(wider, None, None)] == main["ordinal"].to_pylist()
+    assert [t.ordinal for t in traces_from_table(wider)] == main["ordinal"].to_pylist()
+
+
+def test_reader_ignores_unknown_columns_in_a_file_that_a_later_version_wrote(tmp_path: Path) -> None:
+    run = make_dataset(tmp_path, 2)
+    path = tmp_path / shard_name(0)
+    info = adopt_shard(LocalRoot(tmp_path), run, 0).info
+    table = pq.read_table(path)
+    wider = table.append_column("new", pa.array(["x" * 10_000] * table.num_rows))
+    pq.write_table(wider, path, compression="zstd", use_dictionary=False, write_page_checksum=True,
+                   column_encoding={f"{f.name}.list.element": "BYTE_STREAM_SPLIT" for f in table.schema
+                                    if pa.types.is_list(f.type) and not pa.types.is_boolean(f.type.value_type)})
+    assert read_main(path, info, run.spec.capture).equals(table)
+
+
+def test_records_of_a_later_version_may_hold_more(dataset: LocalRoot) -> None:
+    path = dataset.local(fragment_name(0))
+    record = json.loads(path.read_bytes())
+    record["info"]["measured"]["new"] = record["info"]["new"] = record["new"] = {"a": [1]}
+    assert msgspec.json.decode(json.dumps(record), type=Fragment) == msgspec.json.decode(path.read_bytes(),
+                                                                                         type=Fragment)
+    validator("fragment").validate(record)
+
+
+def test_format_names_the_summary_and_its_columns(tmp_path: Path) -> None:
+    make_dataset(tmp_path, 6)
+    root = LocalRoot(tmp_path)
+    finalize(root)
+    validator("statistics").validate(json.loads((root.local(STATISTICS)).read_bytes()))
+    for name in (TOKENS, MANIFEST, STATISTICS, SUCCESS):
+        assert f"`{name}`" in section("2")
+        assert f"`{name}`" in section("11")
+    tokens = [(name, kind) for name, kind, *_ in table_rows(section("10"))]
+    assert tokens == columns_of(pq.read_schema(root.local(TOKENS)))
+    named = set(re.findall(r"`(\w+)`", section("11")))
+    files = {f"{part}{name}" for part in ("", "hidden_", "quarantine_") for name in ("name", "sha256", "size")}
+    assert set(pq.read_schema(root.local(MANIFEST)).names) - files <= named
 
 
 def test_unknown_format_version_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from distill_pipe.errors import UsageError
 from distill_pipe.store.plan import Message, PlannedPrompt
 from distill_pipe.store.root import sha256_of
+from distill_pipe.store.shard import STRING_BYTES
 from distill_pipe.store.spec import CorpusFile, Responses
 
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -64,7 +65,7 @@ def read_prompts(paths: Sequence[Path], responses: Responses, limit: int | None)
     for path in paths:
         for where, record in _records(path):
             messages = _fit(_messages(record, where), responses, where)
-            yield PlannedPrompt(ordinal, _prompt_id(record, messages), _domain(record, where), messages)
+            yield PlannedPrompt(ordinal, _prompt_id(record, messages, where), _domain(record, where), messages)
             ordinal += 1
             if ordinal == limit:
                 return
@@ -173,10 +174,10 @@ def _fit(messages: tuple[Message, ...], responses: Responses, where: str) -> tup
     return messages
 
 
-def _prompt_id(record: Record, messages: tuple[Message, ...]) -> str:
+def _prompt_id(record: Record, messages: tuple[Message, ...], where: str) -> str:
     for field in ("id", "prompt_id"):
         if isinstance(record.get(field), (str, int)):
-            return str(record[field])
+            return _short(str(record[field]), field, where)
     digest = hashlib.sha256()
     for message in messages:
         digest.update(f"{message.role}\0{message.content}\0".encode())
@@ -187,4 +188,15 @@ def _domain(record: Record, where: str) -> str | None:
     domain = record.get("domain")
     if domain is not None and not isinstance(domain, str):
         raise UsageError(f"{where}: `domain` is not text")
-    return domain
+    return None if domain is None else _short(domain, "domain", where)
+
+
+def _short(text: str, field: str, where: str) -> str:
+    """Readers of a dataset allow this much and no more, whatever a file claims."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: `{field}` holds characters that are not valid Unicode ({error.reason})") from None
+    if size > STRING_BYTES:
+        raise UsageError(f"{where}: `{field}` has {size} bytes; at most {STRING_BYTES} are stored")
+    return text

@@ -65,7 +65,7 @@ _ADDED = ("size", "hidden_size", "quarantine_size", *_COUNTS[1:])
 _MEASURED = ("head_tv_error_max", "head_tv_error_mean", "tail_mass_mean")
 
 
-class DatasetStatistics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DatasetStatistics(Struct, frozen=True, kw_only=True):
     """statistics.json. `bytes` counts main shards, sidecars and quarantine files; `head_tv_error_*`, `tail_mass_mean`
     and `hidden` are over all rows that were measured."""
 
@@ -86,7 +86,7 @@ class DatasetStatistics(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     statistics: ShardStatistics
 
 
-class Success(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Success(Struct, frozen=True, kw_only=True):
     """_SUCCESS: the dataset of this fingerprint was complete, and its summary is there."""
 
     format_version: int = FORMAT_VERSION

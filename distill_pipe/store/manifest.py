@@ -2,7 +2,9 @@
 
 `run.json` freezes the run and is written once, before any engine starts. Each committed shard carries its own record
 (`ShardInfo`) in its Parquet footer; the fragment in `_manifest/` repeats it with the file's hash and size, so that a
-reader needs one small file instead of a footer. A fragment is a convenience: when lost, it is rebuilt from the shard.
+reader needs one small file instead of a footer. A fragment is a convenience: when lost, it is rebuilt from the shard. Records of
+shards may gain fields and are read without those that this version does not know; run.json may not, since a field that
+is not understood there could change what every number means.
 """
 
 from typing import Annotated, TypeVar
@@ -41,7 +43,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     created_at: str
 
 
-class HiddenError(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class HiddenError(Struct, frozen=True, kw_only=True):
     """What the codec did to one layer: relative error (length of the error over length of the row, decoded to float32)
     of `rows` rows that were decoded again while the shard was written."""
 
@@ -51,7 +53,7 @@ class HiddenError(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max: float
 
 
-class Measured(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Measured(Struct, frozen=True, kw_only=True):
     """What was measured while the shard was written. `head_tv_error_*`: the total variation that rounding put into the
     head of a row, scaled as a reader scales it; the largest over the rows, and the mean."""
 
@@ -62,7 +64,7 @@ class Measured(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     statistics: ShardStatistics
 
 
-class ShardInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ShardInfo(Struct, frozen=True, kw_only=True):
     """The record inside a main shard's footer. `first_ordinal` and `num_prompts` are its range in the plan."""
 
     format_version: int = FORMAT_VERSION
@@ -80,7 +82,7 @@ class ShardInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     measured: Measured
 
 
-class Fragment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Fragment(Struct, frozen=True, kw_only=True):
     """_manifest/0000/0000123.json: a committed main shard and its record."""
 
     file: FileRef
@@ -186,7 +188,7 @@ def decode_record(data: bytes, kind: type[Record], where: str) -> Record:
                 raise MismatchError(f"{where} has format version {version}; this distill-pipe reads version "
                                     f"{FORMAT_VERSION}. Install a newer one.")
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MismatchError(f"{where} cannot be read: {error}") from error
 
 

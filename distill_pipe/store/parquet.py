@@ -137,10 +137,10 @@ def _footer_bytes(source: pa.NativeFile) -> tuple[bytes, int]:
     size: int = source.size()
     tail = source.read_at(8, size - 8) if size >= len(_MAGIC) + 8 else b""
     if tail[4:] != _MAGIC or source.read_at(4, 0) != _MAGIC:
-        raise MalformedError("truncated, or no Parquet file")
+        raise MalformedError("cannot be read: truncated, or no Parquet file")
     length = int.from_bytes(tail[:4], "little")
     if length > min(MAX_FOOTER_BYTES, size - len(_MAGIC) - 8):
-        raise MalformedError(f"the footer is said to have {length} bytes")
+        raise MalformedError(f"cannot be read: the footer is said to have {length} bytes")
     return source.read_at(length, size - 8 - length), size - 8 - length
 
 
@@ -149,7 +149,7 @@ def _footer(source: pa.NativeFile) -> tuple[Fields, int]:
     try:
         return CompactReader(data).fields(), start
     except IndexError:
-        raise MalformedError("the footer does not end") from None
+        raise MalformedError("cannot be read: the footer does not end") from None
 
 
 def _columns(footer: Fields, names: Sequence[str]) -> tuple[list[_Column], int]:

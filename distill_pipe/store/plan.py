@@ -46,7 +46,8 @@ class PlannedPrompt:
 def write_plan_part(path: Path, shards: Iterable[Sequence[PlannedPrompt]]) -> None:
     """Write one plan file, a row group per shard."""
     encoder = msgspec.json.Encoder()
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=False,
+                          write_page_checksum=True) as writer:
         for prompts in shards:
             columns = [[p.ordinal for p in prompts], [p.prompt_id for p in prompts], [p.domain for p in prompts],
                        [encoder.encode(p.messages).decode() for p in prompts]]

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distill_pipe.errors import StorageFullError, UsageError
+from distill_pipe.errors import DamageError, StorageFullError, UsageError
 
 SCRATCH = ".tmp"
+# run.json of ten million shards has 2 MB.
+MAX_RECORD_BYTES = 16 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -41,11 +43,19 @@ class LocalRoot:
         return self.path / name
 
     def read(self, name: str) -> bytes | None:
-        """The whole file, or None when there is none."""
+        """The whole of a small file, or None when there is none.
+
+        Raises:
+            DamageError: it is larger than any record of ours.
+        """
         try:
-            return self.local(name).read_bytes()
+            with open(self.local(name), "rb") as file:
+                data = file.read(MAX_RECORD_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        if len(data) > MAX_RECORD_BYTES:
+            raise DamageError(f"{self.local(name)} has more than {MAX_RECORD_BYTES} bytes; no record is that large")
+        return data
 
     def size(self, name: str) -> int | None:
         """Bytes of the file, or None when there is none."""

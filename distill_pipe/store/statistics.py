@@ -28,7 +28,7 @@ TOKEN_SCHEMA: Final = pa.schema([("token_id", pa.int32()), ("count", pa.int64())
 DRAFT_SIZES: Final = (8192, 16384, 32768, 65536)
 
 
-class Histogram(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Histogram(Struct, frozen=True, kw_only=True):
     """How many values fell into each of `bins` bins of equal width on a scale.
 
     With g = the identity (`linear`), log2 or log10, bin i holds the values x with `first + i * step <= g(x) < first +
@@ -81,7 +81,7 @@ _TOP_K: Final = Histogram(scale="log2", first=0.0, step=0.5, bins=32)
 _TOKENS: Final = Histogram(scale="log2", first=0.0, step=1.0, bins=24)
 
 
-class ShardStatistics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ShardStatistics(Struct, frozen=True, kw_only=True):
     """Histograms of rows and traces.
 
     `entropy`: nats, of the row's target distribution; see `row_entropy`. Bins of 0.25 from 0 to 14.
@@ -97,7 +97,7 @@ class ShardStatistics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tokens: Histogram = _TOKENS
 
 
-class VocabularyCoverage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class VocabularyCoverage(Struct, frozen=True, kw_only=True):
     """What the `size` likeliest tokens cover: the share of supervised tokens among them, and their mean probability per
     row, which is the highest mean acceptance rate that a draft with this vocabulary can reach.
 
