@@ -25,8 +25,8 @@ from distill_pipe.store.commit import adopt_shard, commit_shard
 from distill_pipe.store.finalize import MANIFEST, STATISTICS, SUCCESS, TOKENS, finalize
 from distill_pipe.store.hidden_codec import decode_hidden, encode_hidden, relative_errors
 from distill_pipe.store.manifest import FINAL_NORM, RUN, Fragment, fragment_name, require_run, shard_name
-from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.parquet import read_table
+from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import MAIN_SCHEMA, QUARANTINE_SCHEMA, QuarantinedPrompt, read_main, traces_from_table
 from distill_pipe.store.spec import HiddenCodec, Sha256
 

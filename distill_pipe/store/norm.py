@@ -3,30 +3,33 @@ had. A Parquet file of one float32 column, so that any reader can take it."""
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distill_pipe.errors import DamageError
 from distill_pipe.store.manifest import FINAL_NORM
-from distill_pipe.store.parquet import read_table
+from distill_pipe.store.parquet import Limit, read_table
+from distill_pipe.store.parquet_writer import write_table
 from distill_pipe.store.root import LocalRoot
+
+_SCHEMA = pa.schema([("weight", pa.float32())])
 
 
 def write_final_norm(root: LocalRoot, weight_H: NDArray[np.float32]) -> None:
     """Store the weight unless it is there already."""
     with root.scratch() as folder:
-        pq.write_table(pa.table({"weight": pa.array(weight_H, pa.float32())}), folder / "norm",
-                       compression="zstd", use_dictionary=False, write_page_checksum=True)
+        write_table(folder / "norm", pa.table([pa.array(weight_H, pa.float32())], _SCHEMA))
         root.create(folder / "norm", FINAL_NORM)
 
 
-def read_final_norm(root: LocalRoot) -> NDArray[np.float32]:
+def read_final_norm(root: LocalRoot, hidden_size: int) -> NDArray[np.float32]:
     """The weight, `[H]`.
 
     Raises:
-        DamageError: it is missing or unreadable.
+        DamageError: it is missing, unreadable, or of another size.
     """
-    if root.size(FINAL_NORM) is None:
-        raise DamageError(f"{root}/{FINAL_NORM} is missing")
-    weight_H: NDArray[np.float32] = read_table(root.local(FINAL_NORM))["weight"].to_numpy().astype(np.float32)
+    path = root.local(FINAL_NORM)
+    table = read_table(path, _SCHEMA, {"weight": Limit(hidden_size)})
+    if table.num_rows != hidden_size:
+        raise DamageError(f"{path} has {table.num_rows} entries, expected {hidden_size}")
+    weight_H: NDArray[np.float32] = table["weight"].to_numpy()
     return weight_H

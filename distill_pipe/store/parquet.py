@@ -44,8 +44,8 @@ __all__ = ["Limit", "read_footer_value", "read_table"]
 
 _MAGIC: Final = b"PAR1"
 MAX_FOOTER_BYTES: Final = 16 << 20
-# Where pyarrow parses a footer itself. A schema nests no deeper than it is long, which older pyarrow follows until the
-# stack overflows; a plan has a thousand row groups, and nothing of ours has a longer list.
+# Where pyarrow parses a footer itself. A schema nests no deeper than it is long; with no limit, pyarrow recurses until
+# the stack overflows. A plan has a thousand row groups, and nothing of ours has a longer list.
 _MAX_LIST, _MAX_STRING_BYTES = 2048, 1 << 20
 # pyarrow hands on what its C++ throws: mostly ArrowException and OSError, but also bad_alloc, out_of_range and others.
 _FAILURES: Final = (OSError, pa.ArrowException, ValueError, RuntimeError, MemoryError, IndexError, OverflowError)
