@@ -8,12 +8,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from runs import GENERATE, PROMPTS, command, prompt_records, stored_traces, write_corpus
 
 from distill_pipe.cli import main
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_table
 from distill_pipe.store.verify import verify
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -134,7 +134,7 @@ def test_a_prompt_over_the_context_length_is_quarantined_and_the_run_goes_on(cli
     assert report.clean, report
     assert (report.traces, report.quarantined) == (len(PROMPTS), 1)
     [quarantine] = (generated / "_quarantine").rglob("*.parquet")
-    [row] = read_table(quarantine).to_pylist()
+    [row] = pq.read_table(quarantine).to_pylist()
     assert (row["ordinal"], row["code"]) == (len(PROMPTS), "too_long")
     assert "do not fit the context length of 128" in row["message"]
     code, _, err = cli("inspect", generated, "--trace", len(PROMPTS))

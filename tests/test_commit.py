@@ -33,7 +33,6 @@ from distill_pipe.store.commit import (
 )
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Fragment, Run, encode_record, fragment_name, read_fragment, shard_name
-from distill_pipe.store.parquet import read_table
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import SCRATCH, LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
@@ -88,7 +87,7 @@ def test_a_second_commit_with_other_values_loses_and_leaves_only_an_orphan_sidec
 
 def test_traces_are_stored_in_ordinal_order_whatever_order_they_finish_in(root: LocalRoot, run: Run) -> None:
     commit_shard(root, run, 0, shard_traces(run, 0)[::-1], [])
-    assert read_table(root.local(shard_name(0)))["ordinal"].to_pylist() == [0, 1, 2, 3]
+    assert pq.read_table(root.local(shard_name(0)))["ordinal"].to_pylist() == [0, 1, 2, 3]
     for trace in stored_traces(root.path):
         assert trace.token_ids_T.tolist() == random_trace(trace.ordinal).token_ids_T.tolist()
 
@@ -144,7 +143,7 @@ def test_quarantined_prompts_are_kept_with_their_reason(root: LocalRoot, run: Ru
     info = commit_shard(root, run, 0, traces, [given_up(o) for o in lost]).info
     assert (info.traces, info.quarantined) == (4 - len(lost), len(lost))
     assert info.quarantine is not None
-    rows = read_table(root.local(info.quarantine.name)).to_pylist()
+    rows = pq.read_table(root.local(info.quarantine.name)).to_pylist()
     assert [(r["ordinal"], r["code"], r["message"]) for r in rows] == [(o, "too_long", "it is too long") for o in lost]
     assert (info.hidden is None) == (len(lost) == 4)
     report = verify(root)

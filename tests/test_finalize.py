@@ -25,7 +25,7 @@ from distill_pipe.store.finalize import (
     read_statistics,
 )
 from distill_pipe.store.manifest import Fragment, fragment_name, read_fragment, require_run, shard_name
-from distill_pipe.store.parquet import read_table
+from distill_pipe.store.parquet import Limit, read_table
 from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.shard import QuarantinedPrompt, read_main, traces_from_table
 from distill_pipe.store.statistics import TOKEN_SCHEMA, coverage, shard_statistics, token_table, token_table_name
@@ -125,7 +125,7 @@ def test_the_summary_is_that_of_all_stored_traces(root: LocalRoot) -> None:
     assert totals.tail_mass_mean == pytest.approx(facts.tail_mass_mean)
     assert totals.statistics == shard_statistics(traces)
     table = token_table(traces, SHAPE.vocab_size)
-    tokens = read_table(root.local(TOKENS), TOKEN_SCHEMA)
+    tokens = read_table(root.local(TOKENS), TOKEN_SCHEMA, dict.fromkeys(TOKEN_SCHEMA.names, Limit(SHAPE.vocab_size)))
     assert tokens.select(["token_id", "count"]).equals(table.select(["token_id", "count"]))
     np.testing.assert_allclose(tokens["mass"], table["mass"], rtol=1e-6)
     assert totals.coverage == coverage(tokens, facts.rows)
@@ -235,7 +235,7 @@ def test_readers_without_this_package_find_every_file_by_the_manifest(root: Loca
 def test_readers_without_this_package_find_the_tokens(root: LocalRoot) -> None:
     facts = finalize(root).statistics
     for name in (TOKENS, token_table_name(fragment_name(0))):
-        tokens = read_table(root.local(name), TOKEN_SCHEMA)
+        tokens = read_table(root.local(name), TOKEN_SCHEMA, dict.fromkeys(TOKEN_SCHEMA.names, Limit(SHAPE.vocab_size)))
         wanted = [tuple(row.values()) for row in tokens.to_pylist()]
         assert duckdb.read_parquet(str(root.local(name))).fetchall() == wanted
         assert polars.read_parquet(root.local(name)).rows() == wanted

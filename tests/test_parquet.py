@@ -56,8 +56,6 @@ def test_a_shard_and_its_sidecar_are_read_within_exact_limits(files: dict[str, P
     for path in files.values():
         table, schema, limits = truth(path)
         assert read_table(path, schema, limits).equals(table, check_metadata=True)
-        assert read_table(path, schema).equals(table)
-        assert read_table(path).equals(table)
 
 
 def test_no_column_may_have_a_value_too_many(files: dict[str, Path]) -> None:
@@ -77,11 +75,10 @@ def test_strings_may_not_have_more_bytes_than_allowed(tmp_path: Path) -> None:
         read_table(tmp_path / "x", table.schema, {"x": Limit(50, 40000)})
 
 
-def test_columns_are_narrowed_down_in_the_order_of_the_schema(files: dict[str, Path]) -> None:
+def test_only_the_columns_of_the_schema_are_read_in_its_order(files: dict[str, Path]) -> None:
     table, schema, limits = truth(files["data"])
-    found = read_table(files["data"], schema, {n: limits[n] for n in ("ordinal", "topk_ids")}, ["topk_ids", "ordinal"])
-    assert found.equals(table.select(["ordinal", "topk_ids"]))
-    assert read_table(files["data"], columns=["topk_ids"]).equals(table.select(["topk_ids"]))
+    part = pa.schema([schema.field("topk_ids"), schema.field("ordinal")])
+    assert read_table(files["data"], part, limits).equals(table.select(["topk_ids", "ordinal"]))
 
 
 def test_many_row_groups_pages_and_empty_tables_are_read(tmp_path: Path) -> None:
@@ -118,7 +115,7 @@ def test_a_column_of_another_type_is_refused(tmp_path: Path, found: pa.DataType,
                                              message: str) -> None:
     write_table(tmp_path / "file", pa.table({"x": pa.nulls(3, found)}))
     with pytest.raises(DamageError, match=f"file: {message}"):
-        read_table(tmp_path / "file", pa.schema([("x", wanted)]))
+        read_table(tmp_path / "file", pa.schema([("x", wanted)]), {"x": Limit(3, 100)})
 
 
 def test_missing_columns_missing_files_and_foreign_files_are_named(tmp_path: Path, files: dict[str, Path]) -> None:
@@ -129,7 +126,7 @@ def test_missing_columns_missing_files_and_foreign_files_are_named(tmp_path: Pat
     with pytest.raises(MismatchError, match=r"shard\.parquet was not written by distill-pipe"):
         read_footer_value(tmp_path / "shard.parquet", METADATA_KEY)
     with pytest.raises(DamageError, match=r"none\.parquet is missing"):
-        read_table(tmp_path / "none.parquet")
+        read_table(tmp_path / "none.parquet", schema, limits)
     with pytest.raises(DamageError, match=r"none\.parquet is missing"):
         read_footer_value(tmp_path / "none.parquet", METADATA_KEY)
     with pytest.raises(DamageError, match="cannot be read"):
@@ -375,12 +372,12 @@ def test_a_flipped_bit_never_changes_what_is_read(tmp_path: Path, files: dict[st
     assert raised["index"] == 0
 
 
-def test_a_file_without_limits_that_is_damaged_names_row_group_and_column(tmp_path: Path) -> None:
+def test_damage_in_a_later_row_group_is_named(tmp_path: Path) -> None:
     table = pa.table({"a": [1, 2, 3, 4], "b": ["one", "two", "three", "four"]})
-    pq.write_table(table, tmp_path / "x", row_group_size=2, write_page_checksum=True)
+    pq.write_table(table, tmp_path / "x", row_group_size=2, use_dictionary=False, write_page_checksum=True)
     chunk = pq.read_metadata(tmp_path / "x").row_group(1).column(1)
     data = bytearray((tmp_path / "x").read_bytes())
-    data[chunk.dictionary_page_offset + chunk.total_compressed_size - 1] ^= 1
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(DamageError, match="x: row group 1, column b: "):
-        read_table(tmp_path / "x")
+        read_table(tmp_path / "x", table.schema, {"a": Limit(4), "b": Limit(4, 100)})

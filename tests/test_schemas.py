@@ -25,7 +25,6 @@ from distill_pipe.store.commit import adopt_shard, commit_shard
 from distill_pipe.store.finalize import MANIFEST, STATISTICS, SUCCESS, TOKENS, finalize
 from distill_pipe.store.hidden_codec import decode_hidden, encode_hidden, relative_errors
 from distill_pipe.store.manifest import FINAL_NORM, RUN, Fragment, fragment_name, require_run, shard_name
-from distill_pipe.store.parquet import read_table
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import MAIN_SCHEMA, QUARANTINE_SCHEMA, QuarantinedPrompt, read_main, traces_from_table
 from distill_pipe.store.spec import HiddenCodec, Sha256
@@ -273,7 +272,7 @@ def test_a_shard_whose_prompts_are_all_quarantined_reads_as_the_format_says(tmp_
     root = LocalRoot(tmp_path)
     fragment = commit_shard(root, run, 0, [], [QuarantinedPrompt(i, f"p{i}", "too_long", "why") for i in range(2)])
     assert (fragment.info.hidden, fragment.info.traces, fragment.info.quarantined) == (None, 0, 2)
-    main = read_table(root.local(shard_name(0)))
+    main = pq.read_table(root.local(shard_name(0)))
     assert (main.num_rows, columns_of(main.schema)) == (0, columns_of(MAIN_SCHEMA))
     assert fragment.info.quarantine is not None
     assert re.fullmatch(r"_quarantine/0000/shard-0000000-[0-9a-f]{8}\.parquet", fragment.info.quarantine.name)
@@ -281,7 +280,7 @@ def test_a_shard_whose_prompts_are_all_quarantined_reads_as_the_format_says(tmp_
 
 
 def test_reader_ignores_unknown_columns_and_the_order_of_columns(dataset: LocalRoot) -> None:
-    main = read_table(dataset.local(shard_name(0)))
+    main = pq.read_table(dataset.local(shard_name(0)))
     wider = main.select(main.column_names[::-1]).append_column("new", pa.array([1] * main.num_rows))
     assert [t.ordinal for t in traces_from_table(wider)] == main["ordinal"].to_pylist()
 

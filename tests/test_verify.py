@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pyarrow.parquet as pq
 import pytest
 from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
@@ -14,7 +15,7 @@ from distill_pipe.store.commit import commit_shard
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Fragment, encode_record, fragment_name, read_fragment, shard_name
 from distill_pipe.store.root import LocalRoot, sha256_of
-from distill_pipe.store.shard import QuarantinedPrompt, read_table, write_main
+from distill_pipe.store.shard import QuarantinedPrompt, write_main
 from distill_pipe.store.status import status
 from distill_pipe.store.verify import verify
 
@@ -156,7 +157,7 @@ def test_a_shard_beyond_the_plan_is_reported(root: LocalRoot) -> None:
 def test_a_whole_and_well_hashed_shard_that_lacks_a_prompt_is_reported(root: LocalRoot) -> None:
     path, own = root.local(shard_name(0)), fragment(root, 0)
     info = msgspec.structs.replace(own.info, hidden=None)
-    write_main(path, read_table(path).slice(0, 3), info)
+    write_main(path, pq.read_table(path).slice(0, 3), info)
     ref = FileRef(name=own.file.name, sha256=sha256_of(path), size=path.stat().st_size)
     root.local(fragment_name(0)).write_bytes(encode_record(Fragment(file=ref, info=info)))
     assert "not exactly those of its plan" in only_problem(root)

@@ -2,9 +2,10 @@
 
 `run.json` freezes the run and is written once, before any engine starts. Each committed shard carries its own record
 (`ShardInfo`) in its Parquet footer; the fragment in `_manifest/` repeats it with the file's hash and size, so that a
-reader needs one small file instead of a footer. A fragment is a convenience: when lost, it is rebuilt from the shard. Records
-of shards may gain fields and are read without those that this version does not know; run.json may not, since a field
-that is not understood there could change what every number means.
+reader needs one small file instead of a footer. A fragment is a convenience: when lost, it is rebuilt from the shard.
+
+Records of shards may gain fields and are read without those that this version does not know; run.json may not, since a
+field that is not understood there could change what every number means.
 """
 
 from typing import Annotated, TypeVar

@@ -44,9 +44,6 @@ __all__ = ["Limit", "read_footer_value", "read_table"]
 
 _MAGIC: Final = b"PAR1"
 MAX_FOOTER_BYTES: Final = 16 << 20
-# Where pyarrow parses a footer itself. A schema nests no deeper than it is long; with no limit, pyarrow recurses until
-# the stack overflows. A plan has a thousand row groups, and nothing of ours has a longer list.
-_MAX_LIST, _MAX_STRING_BYTES = 2048, 1 << 20
 # pyarrow hands on what its C++ throws: mostly ArrowException and OSError, but also bad_alloc, out_of_range and others.
 _FAILURES: Final = (OSError, pa.ArrowException, ValueError, RuntimeError, MemoryError, IndexError, OverflowError)
 # Codecs that every pyarrow can unpack: none, Snappy, gzip, Brotli, zstd, LZ4.
@@ -74,34 +71,23 @@ class _Group:
     chunks: list[Chunk]
 
 
-def read_table(path: Path, schema: pa.Schema | None = None, limits: Mapping[str, Limit] | None = None,
-               columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole Parquet file of ours with page checksums verified.
-
-    With `schema`, its columns and no others, in its order; `columns` narrows them down. With `limits`, which need a
-    schema and hold one for each column that is read, nothing is decoded before the file is known to stay within them.
-    Without a schema the file is taken as pyarrow takes it.
+def read_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit]) -> pa.Table:
+    """The columns of `schema`, and no others, of a Parquet file of ours, with page checksums verified. `limits` has one
+    limit for each; nothing is decoded before the file is known to stay within them.
 
     Raises:
         DamageError: the file is missing, truncated, corrupt, lacks a column of the schema or goes beyond a limit;
             names the file and, wherever possible, row group and column.
     """
-    if schema is None:
-        if limits is not None:
-            raise ValueError("limits need a schema")
-        with _opened(path) as source:
-            _footer_bytes(source)
-            return _decode(path, _parquet_file(source), None if columns is None else list(columns))
-    wanted = schema if columns is None else pa.schema([f for f in schema if f.name in columns])
     with _opened(path) as source:
         footer, start = _footer(source)
-        parts, num_leaves = _columns(footer, wanted.names)
+        parts, num_leaves = _columns(footer, schema.names)
         groups = _groups(footer, start, parts, num_leaves)
-        file = _parquet_file(source, _checked_footer(wanted, parts, groups))
-        _check_types(file.schema_arrow, wanted)
-        if limits is not None:
-            _check_pages(source, parts, groups, limits)
-        return pa.table(_decode(path, file, None).columns, schema=wanted)
+        file = pq.ParquetFile(source, metadata=_checked_footer(schema, parts, groups),
+                              page_checksum_verification=True, arrow_extensions_enabled=False)
+        _check_types(file.schema_arrow, schema)
+        _check_pages(source, parts, groups, limits)
+        return pa.table(_decode(path, file).columns, schema=schema)
 
 
 def read_footer_value(path: Path, key: bytes) -> bytes:
@@ -132,7 +118,7 @@ def _opened(path: Path) -> Iterator[pa.NativeFile]:
         raise DamageError(f"{path} cannot be read: {error}") from error
 
 
-def _footer_bytes(source: pa.NativeFile) -> tuple[bytes, int]:
+def _footer(source: pa.NativeFile) -> tuple[Fields, int]:
     """The footer, and where it starts. Its length is looked at before as much is allocated."""
     size: int = source.size()
     tail = source.read_at(8, size - 8) if size >= len(_MAGIC) + 8 else b""
@@ -141,13 +127,9 @@ def _footer_bytes(source: pa.NativeFile) -> tuple[bytes, int]:
     length = int.from_bytes(tail[:4], "little")
     if length > min(MAX_FOOTER_BYTES, size - len(_MAGIC) - 8):
         raise MalformedError(f"cannot be read: the footer is said to have {length} bytes")
-    return source.read_at(length, size - 8 - length), size - 8 - length
-
-
-def _footer(source: pa.NativeFile) -> tuple[Fields, int]:
-    data, start = _footer_bytes(source)
+    start = size - 8 - length
     try:
-        return CompactReader(data).fields(), start
+        return CompactReader(source.read_at(length, start)).fields(), start
     except IndexError:
         raise MalformedError("cannot be read: the footer does not end") from None
 
@@ -252,25 +234,20 @@ def _chunk_fields(chunk: Chunk) -> Fields:
         5: (I64, chunk.values), 6: (I64, 0), 7: (I64, chunk.size), 9: (I64, chunk.start)})}
 
 
-def _parquet_file(source: pa.NativeFile, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, arrow_extensions_enabled=False,
-                          thrift_string_size_limit=_MAX_STRING_BYTES, thrift_container_size_limit=_MAX_LIST)
-
-
-def _decode(path: Path, file: pq.ParquetFile, names: list[str] | None) -> pa.Table:
+def _decode(path: Path, file: pq.ParquetFile) -> pa.Table:
     try:
-        table = _valid(file.read(columns=names))
+        table = _valid(file.read())
     except _FAILURES as error:
-        raise DamageError(_culprit(path, file, names) or f"{path} cannot be read: {error}") from error
+        raise DamageError(_culprit(path, file) or f"{path} cannot be read: {error}") from error
     if table.num_rows != file.metadata.num_rows:
         raise DamageError(f"{path} holds {table.num_rows} rows, but the footer says {file.metadata.num_rows}")
     return table
 
 
-def _culprit(path: Path, file: pq.ParquetFile, names: list[str] | None) -> str | None:
+def _culprit(path: Path, file: pq.ParquetFile) -> str | None:
     """Where reading fails first; None if every column of every row group can be read on its own."""
     for group in range(file.num_row_groups):
-        for name in file.schema_arrow.names if names is None else names:
+        for name in file.schema_arrow.names:
             try:
                 _valid(file.read_row_group(group, columns=[name]))
             except _FAILURES as error:

@@ -46,7 +46,7 @@ class Captured:
         states_RH = torch.cat([torch.from_numpy(t.hidden[_LAST][t.positions_R]) for t in traces])
         with safe_open(materialise_smollm2() / "model.safetensors", "pt") as weights:
             tied_VH = weights.get_tensor("model.embed_tokens.weight").float()
-        norm_H, eps = torch.from_numpy(read_final_norm(self.root).copy()), self.run.spec.target.final_norm_eps
+        norm_H, eps = torch.from_numpy(read_final_norm(self.root, states_RH.shape[1]).copy()), self.run.spec.target.final_norm_eps
         normed_RH = torch.nn.functional.rms_norm(states_RH, norm_H.shape, norm_H, eps)
         logits_RV = torch.empty(len(normed_RH), len(tied_VH))
         for rows in chunks(len(normed_RH)):
