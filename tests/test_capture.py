@@ -4,6 +4,7 @@ Catches rows shifted by one, a wrong layer numbering, a norm on the wrong side, 
 of a batch, and a capture that is less exact than it says. Shapes: T tokens, R rows, K head, V vocabulary, H hidden.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,3 +182,29 @@ def test_more_prompt_tokens_than_one_step_takes_are_sampled_and_captured(tmp_pat
     traces = list(stored_traces(tmp_path / "out"))
     assert len(traces) == len(prompts)
     assert sum(int(t.positions_R[0]) + 1 for t in traces) > 4096
+
+
+def test_an_adaptive_head_and_rotated_states_agree_with_transformers_too(tmp_path: Path, exact_model) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", prompt_records())
+    succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", tmp_path / "out", "--layers",
+            ",".join(map(str, LAYERS)), "--hidden-codec", "q6", "--set", "sampling.max_tokens=24", "--set",
+            "capture.coverage=0.9", "--set", "capture.top_k_max=40")
+    sizes = []
+    for trace in stored_traces(tmp_path / "out"):
+        wanted = reference(exact_model, trace)
+        mass_RK = wanted.logprobs_TV[tensor(trace.positions_R)].exp().topk(40).values.double().cumsum(1).numpy()
+        needed_R = np.minimum((mass_RK < 0.9).sum(1) + 1, 40)
+        assert (np.abs(trace.topk_counts_R - needed_R) <= (np.abs(mass_RK - 0.9).min(1) < 1e-4)).all()
+        held_R = np.take_along_axis(mass_RK, trace.topk_counts_R[:, None].astype(np.int64) - 1, 1)[:, 0]
+        np.testing.assert_allclose(trace.tail_mass_R, 1 - held_R, atol=1e-4)
+        assert (head_errors(trace, wanted.logprobs_TV) <= 2e-4 + RELATIVE * np.abs(trace.topk_logprobs_N) * 1.01).all()
+        for layer in LAYERS:
+            hidden_TH = wanted.hidden[layer][:-1].numpy()
+            error_T = np.linalg.norm(trace.hidden[layer] - hidden_TH, axis=1) / np.linalg.norm(hidden_TH, axis=1)
+            assert error_T.max() < 0.04, f"layer {layer}"
+        sizes += trace.topk_counts_R.tolist()
+    assert min(sizes) < 5
+    assert max(sizes) == 40
+    hidden = next((tmp_path / "out" / "_manifest").rglob("*.json")).read_text()
+    assert [e["layer"] for e in json.loads(hidden)["info"]["measured"]["hidden"]] == list(LAYERS)
+    assert all(0.02 < e["mean"] < 0.035 for e in json.loads(hidden)["info"]["measured"]["hidden"])

@@ -4,7 +4,7 @@ It lives in the engine's worker process, so bulk data never crosses a process. T
 slower than the target, the engine waits instead of memory filling up. A failure of the thread fails the shard it was
 working on, or, outside a shard, every later call; it is never only logged.
 
-numpy, Parquet and zstd release the GIL for nearly all of the work done here.
+torch, numpy, Parquet and zstd release the GIL for nearly all of the work done here.
 """
 
 import queue
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
+import torch
 
 from distill_pipe.errors import CaptureError, DistillPipeError, NotFiniteError
 from distill_pipe.produce.assembly import Assembler, FinishedTrace, StepRows
@@ -83,6 +84,8 @@ class ShardSink:
                 continue
 
     def _work(self) -> None:
+        # This thread's torch alone: a second OpenMP team beside the engine's makes both several times slower.
+        torch.set_num_threads(1)
         while self._broken is None:
             item = self._items.get()
             try:

@@ -5,6 +5,7 @@ Without its `configs:` a generic reader would merge shards, sidecars and plan in
 
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.spec import CaptureSpec
 
 _CARD = """---
 configs:
@@ -18,10 +19,10 @@ tags: [distill-pipe, speculative-decoding, knowledge-distillation]
 
 # Target distribution of {target}
 
-One row per prompt with its response. For every supervised token: the {top_k} most likely next tokens with their
-log-probabilities, the probability mass outside them, {tail_samples} samples of that mass, and the logsumexp of the raw
-logits. Hidden states of layers {layers} lie in `hidden_states/`, codec `{codec}`. The format is described in
-`schemas/FORMAT.md` of distill-pipe; everything but the hidden states is plain Parquet lists.
+One row per prompt with its response. For every supervised token: the {head} with their log-probabilities, the
+probability mass outside them, {tail_samples} samples of that mass, and the logsumexp of the raw logits. Hidden states of
+layers {layers} lie in `hidden_states/`, codec `{codec}`. The format is described in `schemas/FORMAT.md` of distill-pipe;
+everything but the hidden states is plain Parquet lists.
 
 | | |
 |---|---|
@@ -40,9 +41,15 @@ def write_card(root: LocalRoot, run: Run) -> None:
     spec = run.spec
     text = _CARD.format(
         target=spec.target.name, architecture=spec.target.architecture, dtype=spec.target.dtype,
-        revision=spec.target.revision, top_k=spec.capture.top_k, tail_samples=spec.capture.tail_samples,
+        revision=spec.target.revision, head=_head(spec.capture), tail_samples=spec.capture.tail_samples,
         layers=", ".join(map(str, spec.capture.layers)) or "(none)", codec=spec.capture.hidden_codec,
         prompts=spec.corpus.prompts, engine=spec.engine.name, engine_version=spec.engine.version,
         responses="written by the target" if spec.responses == "target" else "taken from the corpus",
         fingerprint=run.fingerprint)
     root.create_bytes(text.encode(), "README.md")
+
+
+def _head(capture: CaptureSpec) -> str:
+    if capture.coverage is None:
+        return f"{capture.top_k} most likely next tokens"
+    return f"most likely next tokens that hold {capture.coverage:.4g} of the probability, at most {capture.top_k},"
