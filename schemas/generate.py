@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -17,6 +18,7 @@ from distill_pipe.produce.job import Job
 from distill_pipe.store.finalize import DatasetStatistics
 from distill_pipe.store.manifest import Fragment, Run, ShardInfo
 from distill_pipe.store.sidecar import SidecarInfo
+from distill_pipe.store.spec import FORMAT_VERSION
 
 FOLDER = Path(__file__).resolve().parent
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -26,9 +28,21 @@ STRUCTS = {"run": Run, "fragment": Fragment, "shard_info": ShardInfo, "sidecar":
 
 def schema_texts() -> dict[str, str]:
     """What each schema file should hold, by file name."""
-    return {f"{name}.schema.json": json.dumps({"$schema": DIALECT, **msgspec.json.schema(struct)}, indent=2,
-                                              sort_keys=True) + "\n"
+    return {f"{name}.schema.json": json.dumps({"$schema": DIALECT, **_schema(struct)}, indent=2, sort_keys=True) + "\n"
             for name, struct in STRUCTS.items()}
+
+
+def _schema(struct: type[msgspec.Struct]) -> Any:
+    """A struct's schema. What a dataset holds is always written whole and in this version; a job leaves things out."""
+    schema = msgspec.json.schema(struct)
+    if struct is Job:
+        return schema
+    for definition in schema["$defs"].values():
+        properties = definition.get("properties", {})
+        definition["required"] = sorted(properties)
+        if "format_version" in properties:
+            properties["format_version"] = {"const": FORMAT_VERSION}
+    return schema
 
 
 def stale_files(folder: Path) -> list[str]:

@@ -4,7 +4,6 @@
 must give the right numbers or name what is wrong, in one of our errors.
 """
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ SHAPE = Shape(hidden_codec="q8", prompts_per_shard=4)
 FLIPS = 250
 MEMORY = 1 << 30
 READ = """
-import resource, sys
+import sys
 from distill_pipe.consume.reader import ShardReader
 from distill_pipe.errors import DamageError
 try:
@@ -38,7 +37,8 @@ try:
         pass
 except DamageError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not ru_maxrss: a process inherits that of the one that started it.
+print(next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
@@ -220,7 +220,7 @@ def test_blobs_that_unpack_to_gigabytes_are_refused_in_little_memory(root: Local
     done = subprocess.run([sys.executable, "-c", READ, str(root.path)], capture_output=True, text=True, check=True)
     message, peak = done.stdout.splitlines()
     assert path.name in message
-    assert int(peak) < MEMORY
+    assert 100 << 20 < int(peak) < MEMORY
 
 
 FRAGMENTS = {
@@ -270,7 +270,3 @@ def test_a_footer_record_that_claims_another_place_is_refused(root: LocalRoot) -
     with pytest.raises((DamageError, MismatchError)):
         adopt_shard(root, ShardReader(root.path).run, 0)
     assert not verify(root).clean
-
-
-def test_peak_memory_is_measured_in_the_unit_that_the_tests_believe() -> None:
-    assert 10 << 20 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 64 << 30

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from distill_pipe.consume.sparse import FlatEntries, SparseTarget
 from distill_pipe.errors import CaptureError, DamageError, MismatchError, UsageError
+from distill_pipe.store.codec import scaled_head
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.hidden_codec import decode_hidden
 from distill_pipe.store.manifest import Run, ShardInfo, read_fragment, require_run, shard_name
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_main, read_shard_info, scaled_head, traces_from_table
+from distill_pipe.store.shard import read_main, read_shard_info, traces_from_table
 from distill_pipe.store.sidecar import (
     EncodedTrace,
     blobs_of,
@@ -164,7 +165,7 @@ def pack(encoded: Sequence[EncodedTrace], layers: Sequence[int], run: Run) -> Ba
     rows_R = np.concatenate([start + t.positions_R for start, t in zip(starts_B1[:-1], traces, strict=True)])
     tail_mass_R, topk_counts_R = _joined(traces, "tail_mass_R"), _joined(traces, "topk_counts_R")
     head = FlatEntries(topk_counts_R, _joined(traces, "topk_ids_N"),
-                       scaled_head(_joined(traces, "topk_logprobs_N"), topk_counts_R, tail_mass_R))
+                       scaled_head(_joined(traces, "topk_logprobs_N"), topk_counts_R, tail_mass_R).astype(np.float32))
     tail = FlatEntries(_joined(traces, "tail_counts_R"), _joined(traces, "tail_ids_N"),
                        _joined(traces, "tail_logprobs_N"))
     return Batch(

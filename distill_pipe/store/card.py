@@ -20,9 +20,9 @@ tags: [distill-pipe, speculative-decoding, knowledge-distillation]
 # Target distribution of {target}
 
 One row per prompt with its response. For every supervised token: the {head} with their log-probabilities, the
-probability mass outside them, {tail_samples} samples of that mass, and the logsumexp of the raw logits. Hidden states of
-layers {layers} lie in `hidden_states/`, codec `{codec}`. The format is described in `schemas/FORMAT.md` of distill-pipe;
-everything but the hidden states is plain Parquet lists.
+probability mass outside them, {tail_samples} samples of that mass, and the logsumexp of the raw logits. Hidden states
+of layers {layers} lie in `hidden_states/`, codec `{codec}`. The format is described in `schemas/FORMAT.md` of
+distill-pipe; everything but the hidden states is plain Parquet lists.
 
 | | |
 |---|---|

@@ -20,7 +20,7 @@ Shares and errors are of Gaussian rows; states of a real target and its text cos
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ FP8_MAX: Final = 448.0
 STEP_OF_RMS: Final[dict[HiddenCodec, float]] = {"q8": 0.025, "q6": 0.108, "q5": 0.222}
 LARGEST_CODE: Final = 127
 FLOAT32_BITS: Final = 24
+SCALED_TAIL_MASS: Final = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +108,17 @@ def round_significant(values: NDArray[np.float32], bits: int) -> NDArray[np.floa
 def scalar_bits(logprob_bits: int) -> int:
     """Significant bits of `logsumexp`, `tail_mass` and `next_logprob`: one number per row, so eight more."""
     return min(FLOAT32_BITS, logprob_bits + 8)
+
+
+def scaled_head(topk_logprobs_N: NDArray[Any], topk_counts_R: NDArray[Any], tail_mass_R: NDArray[Any]
+                ) -> NDArray[np.float64]:
+    """Head log-probabilities shifted, row by row, so that head and tail mass add up to 1: what rounding took from the
+    row as a whole is given back, and a third of its total variation with it. A row that is nearly all tail is left as
+    it is, since 1 - tail_mass is no better known there than the head."""
+    logprobs_N, tail_R = topk_logprobs_N.astype(np.float64), tail_mass_R.astype(np.float64)
+    rows_N = np.repeat(np.arange(len(topk_counts_R)), topk_counts_R)
+    head_R = np.bincount(rows_N, np.exp(logprobs_N), len(topk_counts_R))
+    usable_R = (tail_R <= SCALED_TAIL_MASS) & (head_R > 0)
+    shift_R = np.log(np.where(usable_R, 1.0 - tail_R, 1.0)) - np.log(np.where(usable_R, head_R, 1.0))
+    shifted_N: NDArray[np.float64] = logprobs_N + shift_R[rows_N]
+    return shifted_N

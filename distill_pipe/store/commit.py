@@ -44,12 +44,12 @@ from distill_pipe.store.shard import (
 )
 from distill_pipe.store.sidecar import EncodedTrace, read_sidecar, sidecar_info, write_sidecar
 from distill_pipe.store.statistics import (
-    ShardStatistics,
     shard_statistics,
     token_table,
     token_table_name,
     write_token_table,
 )
+from distill_pipe.store.trace import Trace
 
 HIDDEN, QUARANTINE = "hidden_states/train", "_quarantine"
 
@@ -76,7 +76,7 @@ def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[Encoded
         table, head_tv_R = main_table([t.trace for t in traces], run.spec.capture.logprob_bits)
         # Statistics are of the rounded rows, so that they can be had again from the shard.
         stored = list(traces_from_table(table))
-        measured = _measured(traces, head_tv_R, shard_statistics(stored))
+        measured = _measured(traces, head_tv_R, stored)
         info = _shard_info(run, shard, traces, len(quarantined), measured, hidden, quarantine)
         write_main(path, table, info)
         _recheck(path, info, run)
@@ -174,13 +174,13 @@ def _shard_info(run: Run, shard: int, traces: Sequence[EncodedTrace], num_quaran
                      quarantine=quarantine, measured=measured)
 
 
-def _measured(traces: Sequence[EncodedTrace], head_tv_R: NDArray[np.float64], statistics: ShardStatistics) -> Measured:
-    tail_R = np.concatenate([t.trace.tail_mass_R for t in traces]) if traces else np.empty(0, np.float32)
+def _measured(traces: Sequence[EncodedTrace], head_tv_R: NDArray[np.float64], stored: Sequence[Trace]) -> Measured:
+    tail_R = np.concatenate([t.tail_mass_R for t in stored]) if stored else np.empty(0, np.float32)
     layers = traces[0].errors if traces else {}
     errors = {n: np.concatenate([t.errors[n] for t in traces]) for n in layers}
     return Measured(
         head_tv_error_max=float(head_tv_R.max(initial=0)), head_tv_error_mean=_mean(head_tv_R),
-        tail_mass_mean=_mean(tail_R), statistics=statistics,
+        tail_mass_mean=_mean(tail_R), statistics=shard_statistics(stored),
         hidden=tuple(HiddenError(layer=n, rows=len(e), mean=_mean(e), max=float(e.max())) for n, e in errors.items()))
 
 

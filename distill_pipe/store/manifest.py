@@ -23,12 +23,14 @@ FINAL_NORM = "target/final_norm.parquet"
 SHARDS_PER_FOLDER = 1000
 Record = TypeVar("Record", bound=Struct)
 Count = Annotated[int, Meta(ge=0)]
+# No part starts with a dot, so no name leads out of the root.
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")]
 
 
 class FileRef(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file of the dataset: name relative to the root, content hash, bytes."""
 
-    name: str
+    name: Name
     sha256: Sha256
     size: Count
 

@@ -147,18 +147,6 @@ def traces_from_table(main: pa.Table) -> Iterator[Trace]:
                     hidden={}, **lists)
 
 
-def scaled_head(topk_logprobs_N: NDArray[np.float32], topk_counts_R: NDArray[np.int32],
-                tail_mass_R: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Head log-probabilities shifted, row by row, so that head and tail mass add up to 1: what rounding took from the
-    row as a whole is given back, and a third of its total variation with it."""
-    starts_R = np.cumsum(topk_counts_R) - topk_counts_R
-    head_R = np.add.reduceat(np.exp(topk_logprobs_N.astype(np.float64)), starts_R) if len(starts_R) else np.empty(0)
-    # A row that is all tail to float32 has no head to scale.
-    shift_R = np.log(np.maximum(1.0 - tail_mass_R.astype(np.float64), np.finfo(np.float32).tiny) / head_R)
-    shifted_N: NDArray[np.float32] = (topk_logprobs_N + np.repeat(shift_R, topk_counts_R)).astype(np.float32)
-    return shifted_N
-
-
 def _is_flat(column: str) -> bool:
     return column.startswith(("topk", "tail")) and column.endswith(("ids", "logprobs"))
 

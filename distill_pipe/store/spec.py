@@ -54,7 +54,7 @@ class SamplingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     temperature: Annotated[float, Meta(ge=0)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Meta(ge=1)] = 1024
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
 class CaptureSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

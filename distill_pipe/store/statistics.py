@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from distill_pipe.errors import CaptureError, MismatchError
+from distill_pipe.store.codec import scaled_head
 from distill_pipe.store.parquet_writer import write_table
 from distill_pipe.store.trace import Trace
 
@@ -153,17 +154,16 @@ def token_table(traces: Sequence[Trace], vocab_size: int) -> pa.Table:
     """The tokens that occur in some traces, by rising `token_id`.
 
     `count` is how often a token is the supervised next token. `mass` is its probability summed over the rows: that of
-    its head entries, scaled row by row so that head and tail mass add up to 1, and for each tail sample of it the
-    sample's weight. Over all tokens, mass adds up to the number of rows, less the tail mass of rows without samples. It
-    is rounded to float32 and kept as float64, so that sums of it are not.
+    its head entries, scaled as a reader scales them, and for each tail sample of it the sample's weight. Over all
+    tokens, mass adds up to the number of rows, less the tail mass of rows without samples. It is rounded to float32 and
+    kept as float64, so that sums of it are not.
 
     Raises:
         CaptureError: a token id lies outside the vocabulary.
     """
     topk_counts_R, tail_counts_R = (_flat(traces, f"{part}_counts_R").astype(np.int64) for part in ("topk", "tail"))
-    tail_mass_R, head_N = _flat(traces, "tail_mass_R"), np.exp(_flat(traces, "topk_logprobs_N"))
-    head_R = np.maximum(_row_sums(head_N, topk_counts_R), np.finfo(np.float64).tiny)
-    mass_N = np.concatenate([head_N * np.repeat((1 - tail_mass_R) / head_R, topk_counts_R),
+    tail_mass_R = _flat(traces, "tail_mass_R")
+    mass_N = np.concatenate([np.exp(scaled_head(_flat(traces, "topk_logprobs_N"), topk_counts_R, tail_mass_R)),
                              np.repeat(tail_mass_R / np.maximum(tail_counts_R, 1), tail_counts_R)])
     ids_N = np.concatenate([_ids(traces, "topk_ids_N", vocab_size), _ids(traces, "tail_ids_N", vocab_size)])
     # The mask marks the tokens that some row is the distribution of, so these are the rows' next tokens in order.
