@@ -35,7 +35,7 @@ check: $(STAMP) ## Lint, types, and generated files that are out of date
 schemas: $(STAMP) ## Write the JSON Schemas anew from the code
 	$(BIN)/python schemas/generate.py
 
-bench: $(STAMP) ## Measure capture against plain vLLM, and decoding against scoring
+bench: $(STAMP) ## Measure the format, `plan`, and capture, each against what it replaces (about 35 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m bench -s tests/benchmarks
 
 faults: $(STAMP) ## Kill workers and drivers at random moments, ten times each (about 10 minutes)

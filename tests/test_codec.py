@@ -151,6 +151,12 @@ def test_not_a_number_with_every_bit_set_is_refused_too() -> None:
             encode_hidden(exact_NH, codec)
 
 
+@pytest.mark.parametrize("codec", ["bf16", "bf16-split"])
+def test_a_float32_that_would_round_to_an_infinite_bfloat16_is_refused(codec: HiddenCodec) -> None:
+    with pytest.raises(NotFiniteError, match="1 positions are not finite, the first is position 1"):
+        encode_hidden(torch.tensor([[1.0, 2.0], [1.0, 3.4e38]]), codec)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_rows_may_be_encoded_in_pieces(codec: HiddenCodec) -> None:
     exact_NH = gaussian(576, rows=700)

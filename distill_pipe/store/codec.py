@@ -16,7 +16,7 @@ that `verify` runs on a machine that only keeps the data.
 | `q6`         | 0.33          | 3.1 %                   | the same with a wider step                        |
 | `q5`         | 0.27          | 6.4 %                   | the same with a wider step                        |
 
-Shares and errors are of Gaussian rows; states of a real target and its text cost less. Shapes: T tokens, H hidden size.
+Shares and errors are of Gaussian rows; the README has those of a real target. Shapes: T tokens, H hidden size.
 """
 
 from dataclasses import dataclass

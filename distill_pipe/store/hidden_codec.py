@@ -51,16 +51,10 @@ def encode_hidden(hidden_NH: Tensor, codec: HiddenCodec) -> HiddenBlob:
             codes_NH[rows], scale_N[rows] = _quantise(hidden_NH[rows].float(), codec)
         _require_finite(scale_N.isfinite())
         return HiddenBlob(_bytes(codes_NH), scale_N.cpu().numpy())
-    _require_finite(hidden_NH.isfinite().all(1))
-    if codec == "f32":
-        return HiddenBlob(_bytes(hidden_NH.float()))
-    bits_NH = hidden_NH.float().bfloat16().view(torch.int16)
-    if codec == "bf16":
-        return HiddenBlob(_bytes(bits_NH))
-    # Sign bit to the bottom: the upper byte is then the whole exponent, which barely varies along a trace.
-    turned_NH = (bits_NH << 1) | ((bits_NH >> 15) & 1)
-    low_high_N2 = turned_NH.reshape(-1, 1).view(torch.uint8)
-    return HiddenBlob(_bytes(torch.stack((low_high_N2[:, 1], low_high_N2[:, 0]))))
+    hidden_NH = hidden_NH.to(torch.float32 if codec == "f32" else torch.bfloat16)
+    # The largest of a row is NaN or infinite where any element is, and four times as fast to find.
+    _require_finite(_largest(hidden_NH).isfinite())
+    return HiddenBlob(_bytes(_split(hidden_NH) if codec == "bf16-split" else hidden_NH))
 
 
 def decode_hidden(blob: HiddenBlob, codec: HiddenCodec, hidden_size: int, *, dtype: torch.dtype = torch.bfloat16,
@@ -125,6 +119,16 @@ def relative_errors(exact_NH: Tensor, decoded_NH: Tensor) -> Tensor:
     exact_NH, decoded_NH = exact_NH.double(), decoded_NH.double()
     error_N, length_N = (decoded_NH - exact_NH).norm(dim=1), exact_NH.norm(dim=1)
     return torch.where(error_N == 0, 0.0, error_N / length_N)
+
+
+def _split(rows_NH: Tensor) -> Tensor:
+    """Two planes of bytes. The sign goes to the bottom: the upper byte is then the whole exponent, which barely varies
+    along a trace."""
+    bits_NH = rows_NH.view(torch.int16)
+    turned_NH = (bits_NH << 1) | ((bits_NH >> 15) & 1)
+    planes_2NH = torch.empty(2, *rows_NH.shape, dtype=torch.uint8, device=rows_NH.device)
+    planes_2NH[0], planes_2NH[1] = turned_NH >> 8, turned_NH
+    return planes_2NH
 
 
 def _quantise(rows_NH: Tensor, codec: HiddenCodec) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ from distill_pipe.store.trace import Trace
 LAYERS = (2, 15, 27, 30)
 _LAST = LAYERS[-1]
 _CHAT, _CODE = 110, 50
-_ROWS_AT_ONCE = 256
+# Copies of so few rows over the vocabulary stay below what malloc maps anew, and faults in page by page, every time.
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +47,9 @@ class Captured:
         states_RH = torch.cat([torch.from_numpy(t.hidden[_LAST][t.positions_R]) for t in traces])
         with safe_open(materialise_smollm2() / "model.safetensors", "pt") as weights:
             tied_VH = weights.get_tensor("model.embed_tokens.weight").float()
-        norm_H, eps = torch.from_numpy(read_final_norm(self.root, states_RH.shape[1]).copy()), self.run.spec.target.final_norm_eps
-        normed_RH = torch.nn.functional.rms_norm(states_RH, norm_H.shape, norm_H, eps)
+        target = self.run.spec.target
+        norm_H = torch.from_numpy(read_final_norm(self.root, target.hidden_size).copy())
+        normed_RH = torch.nn.functional.rms_norm(states_RH, norm_H.shape, norm_H, target.final_norm_eps)
         logits_RV = torch.empty(len(normed_RH), len(tied_VH))
         for rows in chunks(len(normed_RH)):
             torch.mm(normed_RH[rows], tied_VH.T, out=logits_RV[rows])
@@ -56,13 +58,14 @@ class Captured:
 
 def captured(factory: pytest.TempPathFactory) -> Captured:
     """The session's dataset; the first call makes it (about two minutes)."""
-    return _make(factory)
+    return _make(factory.getbasetemp() / "format")
 
 
-# One factory per session. A fixture imported by two files would run twice.
+# The folder is the session's. A fixture imported by two files would run twice.
 @lru_cache(maxsize=1)
-def _make(factory: pytest.TempPathFactory) -> Captured:
-    folder, demo = factory.mktemp("format"), _demo()
+def _make(folder: Path) -> Captured:
+    folder.mkdir()
+    demo = _demo()
     corpus = write_corpus(folder / "prompts.jsonl", [*islice(demo.chat_prompts(), _CHAT),
                                                      *islice(demo.code_prompts(), _CODE)])
     succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out",
