@@ -5,20 +5,20 @@ Commands import what they need when they run, so that `status` and `verify` work
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from distill_pipe.errors import DamageError, DistillPipeError, UsageError
-from distill_pipe.store.inspect import InspectedToken, inspect_trace
+from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace
+from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import LocalRoot
@@ -28,7 +28,6 @@ from distill_pipe.store.verify import verify as verify_dataset
 if TYPE_CHECKING:
     from distill_pipe.consume.train import Step
     from distill_pipe.produce.job import Job
-    from distill_pipe.store.finalize import DatasetStatistics
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Offline target distillation for speculative decoding.")
@@ -63,53 +62,75 @@ class Arch(StrEnum):
     eagle3 = "eagle3"
 
 
+# One option per setting that people change most; the rest is --set. `generate` and `plan` share them.
+Target = Annotated[str | None, typer.Option(help="A known target, a local folder, or a hub id.")]
+Corpus = Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet; may be repeated.")]
+Out = Annotated[str | None, typer.Option(help="The dataset's folder; an existing run is continued.")]
+Writer = Annotated[Responses | None, typer.Option(help="Who writes the responses: target (default) or corpus.")]
+TopK = Annotated[int | None, typer.Option(help="Head entries per row [32].")]
+Coverage = Annotated[float | None, typer.Option(help="As many head entries per row as hold this share of the "
+                                                     "probability, in place of --top-k.")]
+TopKMax = Annotated[int | None, typer.Option(help="The most head entries that a row may have with --coverage [256].")]
+TailSamples = Annotated[int | None, typer.Option(help="Samples of the tail per row [8].")]
+Layers = Annotated[str | None, typer.Option(help="Hidden states to keep, e.g. 2,15,27,30; 'none' for none.")]
+Codec = Annotated[HiddenCodecs | None, typer.Option(help="How hidden states are stored [bf16-split].")]
+Workers = Annotated[int | None, typer.Option(help="Engines to run [1].")]
+Limit = Annotated[int | None, typer.Option(help="Take only the first N prompts.")]
+JobFile = Annotated[Path | None, typer.Option(help="A job file (YAML); options go over it.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="One setting of the job, e.g. "
+                                                                  "sampling.max_tokens=64.")]
+
+
 @app.command()
-def generate(  # noqa: PLR0913 - one option per setting that people change most; the rest is --set
-    target: Annotated[str | None, typer.Option(help="A known target, a local folder, or a hub id.")] = None,
-    corpus: Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet; may be repeated.")] = None,
-    out: Annotated[str | None, typer.Option(help="The dataset's folder; an existing run is continued.")] = None,
-    responses: Annotated[Responses | None, typer.Option(help="Who writes the responses: target (default) or corpus."
-                                                        )] = None,
-    top_k: Annotated[int | None, typer.Option(help="Head entries per row [32].")] = None,
-    tail_samples: Annotated[int | None, typer.Option(help="Samples of the tail per row [8].")] = None,
-    layers: Annotated[str | None, typer.Option(help="Hidden states to keep, e.g. 2,15,27,30; 'none' for none.")] = None,
-    hidden_codec: Annotated[HiddenCodecs | None, typer.Option(help="How hidden states are stored [bf16-split]."
-                                                              )] = None,
-    workers: Annotated[int | None, typer.Option(help="Engines to run [1].")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take only the first N prompts.")] = None,
-    job: Annotated[Path | None, typer.Option(help="A job file (YAML); options go over it.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting of the job, e.g. sampling.max_tokens=64."
-                                                   )] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+def generate(  # noqa: PLR0913 - the options above
+    target: Target = None, corpus: Corpus = None, out: Out = None, responses: Writer = None, top_k: TopK = None,
+    coverage: Coverage = None, top_k_max: TopKMax = None, tail_samples: TailSamples = None, layers: Layers = None,
+    hidden_codec: Codec = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
+    set_: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, like plan.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a target over a corpus and store what a draft learns from. Continues where an earlier run stopped."""
-    from distill_pipe.produce.job import load_job
-
-    options = {"target": target, "corpus": corpus or None, "out": out, "responses": responses, "limit": limit,
-               "workers": workers, "capture.top_k": top_k, "capture.tail_samples": tail_samples,
-               "capture.layers": _layers(layers), "capture.hidden_codec": hidden_codec}
-    plain = {name: str(v) if isinstance(v, StrEnum) else v for name, v in options.items()}
-    described = load_job(job, set_ or (), plain)
+    described = _job(locals())
     if dry_run:
-        from distill_pipe.produce.generate import forecast
+        from distill_pipe.produce.forecast import forecast
 
-        _print_facts(forecast(described), as_json)
+        print_forecast(forecast(described), as_json)
         return
     _generate(described, as_json)
 
 
 @app.command()
+def plan(  # noqa: PLR0913 - the options above
+    target: Target = None, corpus: Corpus = None, out: Out = None, responses: Writer = None, top_k: TopK = None,
+    coverage: Coverage = None, top_k_max: TopKMax = None, tail_samples: TailSamples = None, layers: Layers = None,
+    hidden_codec: Codec = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
+    set_: Settings = None,
+    probe: Annotated[int, typer.Option(min=0, help="Really run N prompts in a temporary folder and measure.")] = 0,
+    sample: Annotated[int, typer.Option(min=1, help="Prompts to tokenise for the counts.")] = 512,
+    gpu_memory: Annotated[float | None, typer.Option(min=0, help="The GPU's memory in GiB, if it is not here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will cost: tokens, bytes, memory, and with --probe hours. Refuses what does not fit."""
+    from distill_pipe.produce.forecast import forecast
+
+    described = _job(locals())
+    if probe:
+        _say(f"running {probe} prompts in a temporary folder; starting the engine")
+    print_forecast(forecast(described, sample=sample, probe=probe, gpu_memory=gpu_memory), as_json)
+
+
+@app.command()
 def status(root: Root, as_json: Json = False) -> None:
     """How far a run is. Needs no engine and no Ray."""
-    _print_facts(read_status(LocalRoot(root)), as_json)
+    print_facts(read_status(LocalRoot(root)), as_json)
 
 
 @app.command()
 def verify(root: Root, as_json: Json = False) -> None:
     """Read a whole dataset and check it: hashes, checksums, invariants, and every prompt exactly once."""
     report = verify_dataset(LocalRoot(root))
-    _print_facts(report, as_json)
+    print_facts(report, as_json)
     if not report.clean:
         raise DamageError(f"{root}: {len(report.problems)} problems, {report.missing_prompts} prompts missing, "
                           f"{report.doubled_prompts} doubled")
@@ -120,11 +141,7 @@ def finalize(root: Root, as_json: Json = False) -> None:
     """Sum up a complete dataset: manifest, statistics, token frequencies, and the mark that it is complete."""
     from distill_pipe.store.finalize import finalize as finalize_dataset
 
-    final = finalize_dataset(LocalRoot(root))
-    if as_json:
-        _print_facts(final, as_json)
-        return
-    _print_statistics(final.statistics)
+    print_statistics(finalize_dataset(LocalRoot(root)), as_json)
 
 
 @app.command()
@@ -141,7 +158,7 @@ def inspect(
     if as_json:
         sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
         return
-    _print_trace(rows, _decoder(tokenizer or run.spec.target.name), trace)
+    print_trace(rows, _decoder(tokenizer or run.spec.target.name), trace)
 
 
 @app.command()
@@ -166,7 +183,7 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
     folder = resolve_target(target or require_run(LocalRoot(root)).spec.target.name).folder
     result = run_training(str(root), folder, settings, out=out, on_step=_TrainLines())
     if as_json:
-        _print_facts(result, as_json)
+        print_facts(result, as_json)
         return
     for when, held_out in (("before", result.before), ("after", result.after)):
         sys.stdout.write(f"held-out alpha {when}: {held_out.alpha:.4f} (certified between {held_out.lower:.4f} and "
@@ -185,6 +202,18 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def _job(given: Mapping[str, Any]) -> "Job":
+    """The job that a command's parameters, by name, describe."""
+    from distill_pipe.produce.job import load_job
+
+    plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
+    plain |= {"corpus": given["corpus"] or None, "layers": _layers(given["layers"])}
+    options = {name: plain[name] for name in ("target", "corpus", "out", "responses", "limit", "workers")}
+    options |= {f"capture.{name}": plain[name] for name in ("top_k", "coverage", "top_k_max", "tail_samples",
+                                                            "hidden_codec", "layers")}
+    return load_job(given["job"], given["set_"] or (), options)
+
+
 def _generate(job: "Job", as_json: bool) -> None:
     from distill_pipe.produce.generate import generate as run_job
     from distill_pipe.produce.progress import RunMeter
@@ -200,55 +229,12 @@ def _generate(job: "Job", as_json: bool) -> None:
     store = LocalRoot(job.out)
     facts = read_status(store)
     if as_json:
-        _print_facts(facts, as_json)
+        print_facts(facts, as_json)
         return
     per_token = facts.bytes / max(facts.tokens, 1)
     _say(f"{job.out}: {facts.traces} traces, {facts.rows} rows, {facts.tokens} tokens, {per_token:,.0f} bytes per token"
          f", {facts.quarantined} prompts quarantined; {len(meter.shards)} of {num_shards(run)} shards made by this "
          f"call in {meter.seconds:,.0f} s")
-
-
-def _print_facts(facts: msgspec.Struct, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
-        return
-    table = Table(show_header=False, box=None)
-    for name in facts.__struct_fields__:
-        value = getattr(facts, name)
-        if isinstance(value, tuple):
-            value = ", ".join(map(str, value)) or "none"
-        elif isinstance(value, float):
-            value = f"{value:,.4g}"
-        elif value is None:
-            value = "-"
-        table.add_row(name.replace("_", " "), str(value))
-    Console().print(table, highlight=False, markup=False)
-
-
-def _print_statistics(found: "DatasetStatistics") -> None:
-    table = Table(show_header=False, box=None)
-    for name in ("shards", "prompts", "traces", "quarantined", "tokens", "rows", "bytes"):
-        table.add_row(name, f"{getattr(found, name):,}")
-    table.add_row("mean mass outside the head", f"{found.tail_mass_mean:.4f}")
-    table.add_row("rounding error of the head, mean and max", f"{found.head_tv_error_mean:.2g}, "
-                  f"{found.head_tv_error_max:.2g} (total variation)")
-    for error in found.hidden:
-        table.add_row(f"codec error of layer {error.layer}, mean and max", f"{error.mean:.2%}, {error.max:.2%}")
-    for part in found.coverage:
-        table.add_row(f"a draft vocabulary of {part.size:,} covers",
-                      f"{part.mass:.2%} of the probability, {part.tokens:.2%} of the tokens")
-    Console().print(table, highlight=False, markup=False)
-
-
-def _print_trace(rows: Sequence[InspectedToken], decode: Callable[[int], str], ordinal: int) -> None:
-    table = Table(title=f"trace {ordinal}")
-    for column in ("position", "token", "supervised", "likeliest next tokens", "tail mass"):
-        table.add_column(column, justify="right" if column in ("position", "tail mass") else "left")
-    for row in rows:
-        likely = "  ".join(f"{decode(token)} {p:.3f}" for token, p in row.candidates)
-        table.add_row(str(row.position), decode(row.token_id), "yes" if row.supervised else "", likely,
-                      "" if row.tail_mass is None else f"{row.tail_mass:.3f}")
-    Console().print(table, highlight=False, markup=False)
 
 
 def _decoder(target: str) -> Callable[[int], str]:

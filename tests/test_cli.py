@@ -98,8 +98,38 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(cli, tmp_path) -> 
     facts = json.loads(out)
     assert code == 0
     assert (facts["prompts"], facts["shards"], facts["layers"]) == (1, 1, [2, 15, 27, 30])
-    assert facts["hidden_bytes_per_token"] == 4 * 576 * 2
+    assert [c["codec"] for c in facts["codecs"]] == ["none", "f32", "bf16", "bf16-split", "fp8", "q8", "q6", "q5"]
+    assert facts["probe"] is None
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_prints_what_a_dry_run_prints_and_writes_nothing(cli, tmp_path) -> None:
+    line = ("--target", "smollm2-135m", "--corpus", corpus(tmp_path), "--out", tmp_path / "out")
+    _, dry, _ = cli("generate", *line, "--dry-run", "--json")
+    code, planned, _ = cli("plan", *line, "--json")
+    assert code == 0
+    assert json.loads(planned) | {"free_bytes": 0} == json.loads(dry) | {"free_bytes": 0}
+    code, shown, _ = cli("plan", *line)
+    assert code == 0
+    assert all(word in shown for word in ("supervised rows", "layer_30", "bf16-split", "KV cache", "max_tokens"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_refuses_a_gpu_that_is_too_small_with_the_numbers(cli, tmp_path) -> None:
+    code, out, err = cli("plan", "--target", "smollm2-135m", "--corpus", corpus(tmp_path), "--out", tmp_path / "out",
+                         "--gpu-memory", "0.25")
+    assert (code, out) == (2, "")
+    assert "smollm2-135m does not fit: 0.50 GiB of float32 weights" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_adaptive_head_is_an_option_of_its_own(cli, tmp_path) -> None:
+    line = ("plan", "--target", "smollm2-135m", "--corpus", corpus(tmp_path), "--out", tmp_path / "out", "--json")
+    _, out, _ = cli(*line, "--coverage", "0.9", "--top-k-max", "64")
+    assert (json.loads(out)["coverage"], json.loads(out)["top_k"]) == (0.9, 64)
+    code, _, err = cli(*line, "--coverage", "0.9", "--top-k", "64")
+    assert code == 2
+    assert "give one of them" in err
 
 
 def test_commands_on_a_folder_that_is_no_dataset_say_so(cli, tmp_path) -> None:

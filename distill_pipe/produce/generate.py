@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 
-from msgspec import Struct
-
 import distill_pipe
 from distill_pipe.errors import QuarantineLimitError, UsageError
 from distill_pipe.produce.cluster import ClusterPlan, run_on_ray
@@ -20,7 +18,6 @@ from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
 from distill_pipe.store.card import write_card
-from distill_pipe.store.codec import bytes_per_element
 from distill_pipe.store.commit import adopt_shard, committed_shards
 from distill_pipe.store.manifest import (
     RUN,
@@ -35,28 +32,15 @@ from distill_pipe.store.manifest import (
 from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
 from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.shard import read_quarantine
-from distill_pipe.store.spec import CaptureSpec, CorpusSpec, RunSpec
+from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, RunSpec
 
 # Failures of ours, not of the corpus: beyond this share the run stops, since something general is wrong.
 MAX_FAILED_SHARE = 0.001
 
 
-class Forecast(Struct, frozen=True, kw_only=True):
-    """What a run will do; all that `--dry-run` prints."""
-
-    target: str
-    prompts: int
-    shards: int
-    shards_left: int
-    layers: tuple[int, ...]
-    top_k: int
-    tail_samples: int
-    hidden_bytes_per_token: int
-    fingerprint: str
-
-
-def prepare(job: Job) -> tuple[Target, RunSpec]:
-    """Check a job against its target and corpus; writes nothing.
+def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec) -> tuple[Target, RunSpec]:
+    """Check a job against its target and corpus; writes nothing. `engine_spec` says which engine a context length is
+    for.
 
     Raises:
         UsageError: naming what to change.
@@ -72,7 +56,7 @@ def prepare(job: Job) -> tuple[Target, RunSpec]:
         raise UsageError(f"corpus {', '.join(map(str, job.corpus_files))} holds no records")
     spec = RunSpec(target=target.spec, corpus=CorpusSpec(files=files, prompts=prompts), responses=job.responses,
                    sampling=job.sampling if job.responses == "target" else None, capture=capture,
-                   engine=vllm_spec(length), prompts_per_shard=job.prompts_per_shard)
+                   engine=engine_spec(length), prompts_per_shard=job.prompts_per_shard)
     return target, spec
 
 
@@ -111,24 +95,6 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     return run
 
 
-def forecast(job: Job) -> Forecast:
-    """What `generate` would do, from the corpus and the model's config alone."""
-    target, spec = prepare(job)
-    root = LocalRoot(job.out)
-    stored = read_run(root)
-    if stored is not None:
-        require_same_run(root, stored, spec)
-    elif not root.is_unused():
-        raise UsageError(_not_ours(root))
-    shards = spec.num_shards
-    width = bytes_per_element(spec.capture.hidden_codec)
-    return Forecast(target=target.spec.name, prompts=spec.corpus.prompts, shards=shards,
-                    shards_left=shards - (len(committed_shards(root)) if stored else 0), layers=spec.capture.layers,
-                    top_k=spec.capture.top_k, tail_samples=spec.capture.tail_samples,
-                    hidden_bytes_per_token=width * spec.target.hidden_size * len(spec.capture.layers),
-                    fingerprint=spec.fingerprint)
-
-
 def _check_capture(job: Job, target: Target, capture: CaptureSpec) -> None:
     vocab, depth = target.spec.vocab_size, target.spec.num_layers
     if capture.top_k > vocab:
@@ -145,7 +111,7 @@ def _check_capture(job: Job, target: Target, capture: CaptureSpec) -> None:
 def freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
     """Write plan and run.json of a new run; the plan's names hold its content, so a repeat is harmless."""
     if not root.is_unused():
-        raise UsageError(_not_ours(root))
+        raise UsageError(not_ours(root))
     with root.scratch() as folder:
         plan = []
         for number, shards in enumerate(_parts(spec, job)):
@@ -176,5 +142,6 @@ def _failures(root: LocalRoot, quarantine: FileRef | None, limit: int) -> int:
     return sum(p.code in ("engine", "not_finite") for p in prompts)
 
 
-def _not_ours(root: LocalRoot) -> str:
+def not_ours(root: LocalRoot) -> str:
+    """Why nothing is written to a folder that holds something else."""
     return f"{root} is not empty and is not a distill-pipe dataset; choose another output folder"

@@ -1,9 +1,9 @@
 """Does a run fit its devices? Weights, KV cache and capture buffers, from headers and config.json alone.
 
-Nothing is loaded and no engine is asked, so the figures are sums with stated assumptions, not measurements: activations,
-CUDA graphs and the engine's own workspace are left to the share of a device that the engine does not claim. The
-trade-off: a layout that is refused here cannot work; one that passes by a few percent still may not. One device per
-engine, because capture refuses tensor and pipeline parallel engines.
+Nothing is loaded and no engine is asked, so the figures are sums with stated assumptions, not measurements:
+activations, graphs and the engine's own workspace are not counted. The trade-off: a layout that is refused here cannot
+work; one that passes by a few percent still may not. One device per engine, because capture refuses tensor and pipeline
+parallel engines.
 
 Shapes: R head rows of a chunk, V vocabulary, L layers, H hidden size.
 """
@@ -136,15 +136,16 @@ def _kv_room(memory: Memory, total: int) -> int:
 
 
 def _refusal(memory: Memory, spec: RunSpec, room: int, total: int) -> str:
-    of = f"of {total / GIB:.2f} GiB ({memory.device.source})"
+    on_cpu = memory.device.kind == "cpu"
+    of = f"of {'' if on_cpu else f'{GPU_SHARE:.0%} of '}{total / GIB:.2f} GiB ({memory.device.source})"
     parts = [f"{memory.weights / GIB:.2f} GiB of {memory.dtype} weights", f"{memory.capture / GIB:.2f} GiB to capture"]
-    if memory.device.kind == "cpu":
+    if on_cpu:
         parts.append(f"{memory.host / GIB:.2f} GiB for shards in flight")
     left = f"leave {max(room, 0) / GIB:.2f} GiB {of}" + (
-        f" shared by {memory.engines} engines" if memory.device.kind == "cpu" and memory.engines > 1 else "")
+        f" shared by {memory.engines} engines" if on_cpu and memory.engines > 1 else "")
     fix = "lower max_model_len" if room > memory.kv_per_token else "use a larger device or a smaller target"
-    return (f"{spec.target.name} does not fit: {', '.join(parts)} {left}, and one sequence of {spec.engine.max_model_len}"
-            f" tokens needs {memory.kv_least / GIB:.2f} GiB of KV cache; {fix}")
+    return (f"{spec.target.name} does not fit: {', '.join(parts)} {left}, and one sequence of "
+            f"{spec.engine.max_model_len} tokens needs {memory.kv_least / GIB:.2f} GiB of KV cache; {fix}")
 
 
 def _assumptions(kind: str) -> tuple[str, ...]:
@@ -229,7 +230,10 @@ def _config(folder: Path) -> _Config:
         # The target was resolved from this file, so only a field of another type can be the matter: every head is then
         # taken to have its own keys and values, which is the most that it can need.
         return _Config()
-    return config.text_config or config
+    if config.text_config is None:
+        return config
+    outer = config.dtype or config.torch_dtype
+    return msgspec.structs.replace(config.text_config, dtype=outer or config.text_config.dtype)
 
 
 def _cuda_bytes() -> int | None:

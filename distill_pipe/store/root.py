@@ -138,6 +138,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above `path`, or it itself, that is there."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
 def _make_folders(folder: Path) -> None:
     missing = []
     while not folder.exists():

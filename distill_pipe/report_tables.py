@@ -1,0 +1,170 @@
+"""How facts are shown on stdout: one JSON object, or tables that fit a terminal.
+
+Text is for people and may change; scripts read `--json`, whose fields are those of the records.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from distill_pipe.store.inspect import InspectedToken
+
+if TYPE_CHECKING:
+    from distill_pipe.produce.forecast import Forecast
+    from distill_pipe.produce.memory import Memory
+    from distill_pipe.produce.probe import Probe
+    from distill_pipe.store.finalize import Final
+
+
+def print_facts(facts: msgspec.Struct, as_json: bool) -> None:
+    """A record of plain facts, one per line."""
+    if as_json:
+        sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
+        return
+    table = Table(show_header=False, box=None)
+    for name in facts.__struct_fields__:
+        value = getattr(facts, name)
+        if isinstance(value, tuple):
+            value = ", ".join(map(str, value)) or "none"
+        elif isinstance(value, float):
+            value = f"{value:,.4g}"
+        elif value is None:
+            value = "-"
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table, highlight=False, markup=False)
+
+
+def print_statistics(final: "Final", as_json: bool) -> None:
+    """What a dataset adds up to."""
+    if as_json:
+        print_facts(final, as_json)
+        return
+    found = final.statistics
+    table = Table(show_header=False, box=None)
+    for name in ("shards", "prompts", "traces", "quarantined", "tokens", "rows", "bytes"):
+        table.add_row(name, f"{getattr(found, name):,}")
+    table.add_row("mean mass outside the head", f"{found.tail_mass_mean:.4f}")
+    table.add_row("rounding error of the head, mean and max", f"{found.head_tv_error_mean:.2g}, "
+                  f"{found.head_tv_error_max:.2g} (total variation)")
+    for error in found.hidden:
+        table.add_row(f"codec error of layer {error.layer}, mean and max", f"{error.mean:.2%}, {error.max:.2%}")
+    for part in found.coverage:
+        table.add_row(f"a draft vocabulary of {part.size:,} covers",
+                      f"{part.mass:.2%} of the probability, {part.tokens:.2%} of the tokens")
+    Console().print(table, highlight=False, markup=False)
+
+
+def print_trace(rows: Sequence[InspectedToken], decode: Callable[[int], str], ordinal: int) -> None:
+    """One trace, a line per token."""
+    table = Table(title=f"trace {ordinal}")
+    for column in ("position", "token", "supervised", "likeliest next tokens", "tail mass"):
+        table.add_column(column, justify="right" if column in ("position", "tail mass") else "left")
+    for row in rows:
+        likely = "  ".join(f"{decode(token)} {p:.3f}" for token, p in row.candidates)
+        table.add_row(str(row.position), decode(row.token_id), "yes" if row.supervised else "", likely,
+                      "" if row.tail_mass is None else f"{row.tail_mass:.3f}")
+    Console().print(table, highlight=False, markup=False)
+
+
+def print_forecast(found: "Forecast", as_json: bool) -> None:
+    """What a run will cost."""
+    if as_json:
+        print_facts(found, as_json)
+        return
+    console = Console()
+    for part in (_pairs(_run_facts(found)), _column_table(found), _codec_table(found),
+                 _pairs(_memory_facts(found.memory), "each engine")):
+        console.print(part, highlight=False, markup=False)
+    for note in found.notes:
+        console.print(f"- {note}", highlight=False, markup=False)
+
+
+def _pairs(facts: Mapping[str, str], title: str | None = None) -> Table:
+    table = Table(show_header=False, box=None, title=title, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def _run_facts(found: "Forecast") -> dict[str, str]:
+    unusable = f"{found.prompts_too_long:,} too long, {found.prompts_refused:,} refused by the chat template"
+    head = f"{found.top_k} entries"
+    if found.coverage is not None:
+        head = f"entries for {found.coverage:.4g} of the probability, at most {found.top_k}"
+    facts = {
+        "target": found.target,
+        "prompts": f"{found.prompts:,} ({found.prompts_measured:,} measured; {unusable})",
+        "shards": f"{found.shards:,}, {found.shards_left:,} to make",
+        "tokens": f"{found.tokens:,}",
+        "supervised rows": f"{found.rows:,}",
+        "rows per prompt": f"{found.response_tokens_mean:,.1f} (from {found.response_tokens_from})",
+        "layers": ", ".join(map(str, found.layers)) or "none",
+        "head and tail": f"{head}; {found.tail_samples} samples",
+        "dataset": f"{_size(found.bytes)}: {found.bytes_per_token:,.0f} B per token, {found.bytes_per_row:,.0f} a row",
+        "on disk": f"{_size(found.disk_bytes)} with plan and records; {_size(found.free_bytes)} free",
+    }
+    if found.disk_bytes_longest > found.disk_bytes:
+        facts["at the longest"] = f"{_size(found.disk_bytes_longest)} on disk, if every response reached max_tokens"
+    if found.probe is not None:
+        facts |= _probe_facts(found.probe)
+    return facts | {"fingerprint": found.fingerprint or "- (the engine is not installed)"}
+
+
+def _probe_facts(probe: "Probe") -> dict[str, str]:
+    lengths = ", ".join(map(str, probe.response_tokens))
+    return {"probe": f"{probe.prompts} prompts, {probe.tokens:,} tokens at {probe.tokens_per_second:,.0f} per second",
+            "hours for the run": f"{probe.hours:,.3f}",
+            "response tokens": f"{lengths} (shortest, quartiles, longest)"}
+
+
+def _column_table(found: "Forecast") -> Table:
+    table = Table(box=None)
+    for name in ("column", "bytes", "rate", "per"):
+        table.add_column(name, justify="right" if name in ("bytes", "rate") else "left")
+    for column in found.columns:
+        table.add_row(column.column, _size(column.bytes), f"{column.rate:,.2f}", column.per)
+    for name, size in (("footers", found.footer_bytes), ("records", found.record_bytes), ("plan", found.plan_bytes)):
+        table.add_row(name, _size(size), f"{size / found.shards:,.0f}", "shard")
+    for layer in found.hidden_layers:
+        table.add_row(layer.column, _size(layer.bytes), f"{layer.rate:,.2f}", layer.per)
+    return table
+
+
+def _codec_table(found: "Forecast") -> Table:
+    table = Table(box=None)
+    for name in ("hidden codec", "states", "on disk", ""):
+        table.add_column(name, justify="right" if name in ("states", "on disk") else "left")
+    for codec in found.codecs:
+        chosen = found.layers and codec.codec == found.hidden_codec
+        table.add_row(codec.codec, _size(codec.hidden), _size(codec.total), "chosen" if chosen else "")
+    return table
+
+
+def _memory_facts(memory: "Memory") -> dict[str, str]:
+    device, room = memory.device, "not checked"
+    if device.bytes is not None:
+        room = f"{_gib(device.bytes)}, room for {memory.fitting_sequences or 0:,} sequences of mean length"
+    batch, least = _gib(memory.kv_batch), _gib(memory.kv_least)
+    return {
+        "layout": f"{memory.engines} engine(s) of {memory.devices_per_engine} device, {memory.dtype}",
+        "weights": f"{_gib(memory.weights)} (from {memory.weights_from})",
+        "KV cache": f"{memory.kv_per_token:,} B per token; {batch} for a full batch, {least} for one longest sequence",
+        "capture": f"{_gib(memory.capture)} on the device, {_gib(memory.host)} on the host",
+        "device": f"{room} ({device.source})",
+    }
+
+
+def _size(size: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit, width in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= width:
+            return f"{size / width:,.2f} {unit}"
+    return f"{size:,.0f} B"
+
+
+def _gib(size: float) -> str:
+    return f"{size / (1 << 30):,.2f} GiB"
