@@ -200,6 +200,9 @@ def main() -> None:
     except DistillPipeError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        _say(f"error: {error.filename}: {error.strerror}; choose another folder, or change its permissions")
+        sys.exit(UsageError.exit_code)
 
 
 def _job(given: Mapping[str, Any]) -> "Job":

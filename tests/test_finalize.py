@@ -20,9 +20,9 @@ from distill_pipe.store.finalize import (
     STATISTICS,
     SUCCESS,
     TOKENS,
+    DatasetStatistics,
     Success,
     finalize,
-    read_statistics,
 )
 from distill_pipe.store.manifest import Fragment, fragment_name, read_fragment, require_run, shard_name
 from distill_pipe.store.parquet import Limit, read_table
@@ -106,14 +106,14 @@ def test_the_files_written_are_the_files_reported(root: LocalRoot) -> None:
     final, run = finalize(root), require_run(root)
     assert [ref.name for ref in final.files] == list(FILES)
     assert [ref.sha256 for ref in final.files] == [sha256_of(root.local(name)) for name in FILES]
-    assert read_statistics(root) == final.statistics
+    assert msgspec.json.decode(root.local(STATISTICS).read_bytes(), type=DatasetStatistics) == final.statistics
     assert msgspec.json.decode(root.read(SUCCESS) or b"", type=Success) == Success(fingerprint=run.fingerprint)
     for name in (TOKENS, MANIFEST):
         assert run.fingerprint in pq.read_metadata(root.local(name)).metadata[b"distill_pipe"].decode()
 
 
 def test_a_dataset_that_was_not_finalized_has_no_statistics(root: LocalRoot) -> None:
-    assert read_statistics(root) is None
+    assert root.size(STATISTICS) is None
 
 
 def test_the_summary_is_that_of_all_stored_traces(root: LocalRoot) -> None:

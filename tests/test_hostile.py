@@ -195,6 +195,81 @@ def test_a_column_of_another_type_is_named(root: LocalRoot) -> None:
     assert not verify(root).clean
 
 
+def with_null(table: pa.Table, column: str) -> pa.Table:
+    """The table with one null in a column: an element of a list, or the value itself."""
+    at, kind = table.column_names.index(column), table.schema.field(column).type
+    values = table[column].to_pylist()
+    if pa.types.is_list(kind):
+        values[0] = [None, *values[0][1:]]
+    else:
+        values[0] = None
+    return table.set_column(at, table.schema.field(column), pa.array(values, kind))
+
+
+@pytest.mark.parametrize("column", ["ordinal", "prompt_id", "token_ids", "loss_mask", "topk_counts", "topk_ids",
+                                    "tail_logprobs", "layer_01", "scale_04"])
+def test_a_null_where_none_may_be_is_named(root: LocalRoot, column: str) -> None:
+    path = sidecar_path(root) if column.startswith(("layer", "scale")) else root.local(shard_name(0))
+    rewritten(path, lambda table: with_null(table, column))
+    forged(root, path)
+    with pytest.raises(DamageError, match=f"{path.name}: column {column} holds nulls"):
+        batches(root)
+    assert not verify(root).clean
+
+
+def changed(table: pa.Table, column: str, change: Callable[[list[int]], list[int]]) -> pa.Table:
+    at, field = table.column_names.index(column), table.schema.field(column)
+    return table.set_column(at, field, pa.array([change(v) for v in table[column].to_pylist()], field.type))
+
+
+@pytest.mark.parametrize("column", ["token_ids", "topk_ids", "tail_ids"])
+def test_a_token_id_outside_the_vocabulary_is_named(root: LocalRoot, column: str) -> None:
+    path = root.local(shard_name(0))
+    rewritten(path, lambda table: changed(table, column, lambda ids: [10**6, *ids[1:]]))
+    forged(root, path)
+    with pytest.raises(DamageError, match=r"shard-0000000.*token id 1000000 lies outside the vocabulary of 64"):
+        batches(root)
+    assert any("outside the vocabulary" in problem for problem in verify(root).problems)
+
+
+def test_verify_finds_a_token_that_is_twice_in_a_head(root: LocalRoot) -> None:
+    path = root.local(shard_name(0))
+    rewritten(path, lambda table: changed(table, "topk_ids", lambda ids: [ids[1], *ids[1:]]))
+    forged(root, path)
+    assert any("a head holds a token twice" in problem for problem in verify(root).problems)
+
+
+@pytest.mark.parametrize("claim", [{"rows": 10**6}, {"tokens": 10**12}])
+def test_verify_finds_a_record_that_claims_more_than_the_shard_holds(root: LocalRoot, claim: dict[str, int]) -> None:
+    path = root.local(shard_name(0))
+    info = msgspec.structs.replace(fragment_of(root, 0).info, **claim)
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: msgspec.json.encode(info)}), path, compression="zstd",
+                   use_dictionary=False, write_page_checksum=True)
+    ref = FileRef(name=shard_name(0), sha256=sha256_of(path), size=path.stat().st_size)
+    root.local(fragment_name(0)).write_bytes(encode_record(Fragment(file=ref, info=info)))
+    assert any("its record says" in problem for problem in verify(root).problems)
+
+
+def test_a_record_that_forgets_the_sidecar_is_damage(root: LocalRoot) -> None:
+    path = root.local(shard_name(0))
+    info = msgspec.structs.replace(fragment_of(root, 0).info, hidden=None)
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: msgspec.json.encode(info)}), path, compression="zstd",
+                   use_dictionary=False, write_page_checksum=True)
+    ref = FileRef(name=shard_name(0), sha256=sha256_of(path), size=path.stat().st_size)
+    root.local(fragment_name(0)).write_bytes(encode_record(Fragment(file=ref, info=info)))
+    with pytest.raises(DamageError, match="lacks the hidden-state sidecar"):
+        batches(root)
+    assert any("lacks a hidden-state sidecar" in problem for problem in verify(root).problems)
+
+
+def test_a_folder_where_run_json_should_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(DamageError, match=r"run\.json cannot be read"):
+        verify(LocalRoot(tmp_path))
+
+
 def test_more_entries_than_the_record_allows_are_refused_before_they_are_unpacked(root: LocalRoot) -> None:
     path = root.local(shard_name(0))
     at = pq.read_schema(path).get_field_index("topk_ids")
@@ -238,7 +313,7 @@ def test_a_fragment_whose_names_lead_elsewhere_is_never_followed(root: LocalRoot
     # Rebuilt from the footer, or refused; what lies outside was never opened.
     assert "root:" not in str(found) if isinstance(found, DistillPipeError) else all(
         same(a, b) for a, b in zip(found, whole, strict=True))
-    verify(root)
+    assert verify(root).clean, "the fragment that cannot be trusted is left aside"
 
 
 JUNK = {"empty": b"", "not JSON": b"{", "deep": b"[" * 100_000, "not UTF-8": b"\xff\xfe",

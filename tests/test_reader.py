@@ -221,3 +221,13 @@ def test_importing_consume_needs_neither_engine_nor_safetensors() -> None:
     blocked = ("vllm", "ray", "safetensors", "transformers", "distill_pipe.produce")
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import distill_pipe.consume"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_counting_traces_decodes_one_small_column(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distill_pipe.consume import reader as module
+    monkeypatch.setattr(module, "read_main", None)
+    assert ShardReader(root).num_traces() == PROMPTS
+
+
+def test_a_layer_asked_for_twice_is_read_once(root: Path) -> None:
+    assert [set(batch.hidden) for batch in ShardReader(root, layers=(2, 2))] == [{2}]

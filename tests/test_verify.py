@@ -14,6 +14,7 @@ from distill_pipe.errors import MismatchError
 from distill_pipe.store.commit import commit_shard
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Fragment, encode_record, fragment_name, read_fragment, shard_name
+from distill_pipe.store.parquet_writer import write_table
 from distill_pipe.store.root import LocalRoot, sha256_of
 from distill_pipe.store.shard import QuarantinedPrompt, write_main
 from distill_pipe.store.status import status
@@ -156,8 +157,14 @@ def test_a_shard_beyond_the_plan_is_reported(root: LocalRoot) -> None:
 
 def test_a_whole_and_well_hashed_shard_that_lacks_a_prompt_is_reported(root: LocalRoot) -> None:
     path, own = root.local(shard_name(0)), fragment(root, 0)
-    info = msgspec.structs.replace(own.info, hidden=None)
-    write_main(path, pq.read_table(path).slice(0, 3), info)
+    kept = pq.read_table(path).slice(0, 3)
+    sidecar = root.local(own.info.hidden.name) if own.info.hidden else None
+    assert sidecar is not None
+    write_table(sidecar, pq.read_table(sidecar).slice(0, 3))
+    hidden = FileRef(name=str(sidecar.relative_to(root.path)), sha256=sha256_of(sidecar), size=sidecar.stat().st_size)
+    info = msgspec.structs.replace(own.info, hidden=hidden, traces=3, tokens=sum(map(len, kept["token_ids"])),
+                                   rows=sum(map(len, kept["logsumexp"])))
+    write_main(path, kept, info)
     ref = FileRef(name=own.file.name, sha256=sha256_of(path), size=path.stat().st_size)
     root.local(fragment_name(0)).write_bytes(encode_record(Fragment(file=ref, info=info)))
     assert "not exactly those of its plan" in only_problem(root)

@@ -28,8 +28,9 @@ from distill_pipe.store.codec import scaled_head
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.hidden_codec import decode_hidden
 from distill_pipe.store.manifest import Run, ShardInfo, read_fragment, require_run, shard_name
+from distill_pipe.store.parquet import Limit, read_table
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_main, read_shard_info, traces_from_table
+from distill_pipe.store.shard import MAIN_SCHEMA, read_main, read_shard_info, traces_from_table
 from distill_pipe.store.sidecar import (
     EncodedTrace,
     blobs_of,
@@ -103,7 +104,7 @@ class ShardReader:
         if batch_tokens < 1 or holdout_every < 2 or split not in get_args(Split):
             raise UsageError(f"batch_tokens {batch_tokens} must be at least 1, holdout_every {holdout_every} at least "
                              f"2, and split {split!r} one of {', '.join(get_args(Split))}")
-        self._layers, self._batch_tokens = tuple(layers), batch_tokens
+        self._layers, self._batch_tokens = tuple(dict.fromkeys(layers)), batch_tokens
         self._seed, self._epoch, self._split, self._holdout_every = seed, epoch, split, holdout_every
         self._shards = tuple(sorted(committed_shards(self._root)))
 
@@ -115,8 +116,7 @@ class ShardReader:
 
     def num_traces(self) -> int:
         """How many traces an epoch has; reads one small column of each shard."""
-        return sum(self._wanted(o) for shard in self._shards
-                   for o in _open_shard(self._root, self.run, shard, ())[0]["ordinal"].to_pylist())
+        return sum(self._wanted(o) for shard in self._shards for o in _ordinals(self._root, self.run, shard))
 
     def __iter__(self) -> Iterator[Batch]:
         held: list[EncodedTrace] = []
@@ -143,7 +143,7 @@ class ShardReader:
             info = sidecar_info(self.run, shard)
             for i in random.permutation(main.num_rows):
                 if self._wanted(main["ordinal"][i].as_py()):
-                    trace = next(traces_from_table(main.slice(i, 1)))
+                    trace = next(traces_from_table(main.slice(i, 1), self.run.spec.target.vocab_size))
                     # Hidden states stay encoded until their batch: those of a whole shard can be gigabytes.
                     part = hidden.slice(i, 1)
                     check_sidecar(part, info, [trace])
@@ -198,8 +198,10 @@ def _open_shard(root: LocalRoot, run: Run, shard: int, layers: Sequence[int]) ->
     """The main shard, and as many rows of its sidecar with the wanted layers: none of them leaves ordinals alone."""
     info = _checked_info(root, run, shard)
     main = read_main(root.local(shard_name(shard)), info, run.spec.capture)
-    if not layers or info.hidden is None:
+    if not layers or not info.traces:
         return main, main.select(["ordinal"])
+    if info.hidden is None:
+        raise DamageError(f"{root.local(shard_name(shard))}: its record lacks the hidden-state sidecar")
     path = root.local(info.hidden.name)
     _require_size(path, info.hidden.size)
     sidecar = read_sidecar_info(path)
@@ -210,11 +212,19 @@ def _open_shard(root: LocalRoot, run: Run, shard: int, layers: Sequence[int]) ->
     return main, hidden
 
 
+def _ordinals(root: LocalRoot, run: Run, shard: int) -> list[int]:
+    info = _checked_info(root, run, shard)
+    table = read_table(root.local(shard_name(shard)), pa.schema([MAIN_SCHEMA.field("ordinal")]),
+                       {"ordinal": Limit(info.traces)})
+    ordinals: list[int] = table["ordinal"].to_pylist()
+    return ordinals
+
+
 def _checked_info(root: LocalRoot, run: Run, shard: int) -> ShardInfo:
     """The shard's record: from its fragment, which also knows the file's size, or from the footer."""
     path = root.local(shard_name(shard))
     fragment = read_fragment(root, shard)
-    if fragment is not None and fragment.info.fingerprint == run.fingerprint:
+    if fragment is not None and (fragment.info.fingerprint, fragment.info.shard) == (run.fingerprint, shard):
         _require_size(path, fragment.file.size)
         return fragment.info
     info = read_shard_info(path)

@@ -157,7 +157,9 @@ def _shards_left(root: LocalRoot, spec: RunSpec) -> int:
 
 
 def _assumed_response(job: Job) -> tuple[float, str]:
-    return (job.sampling.max_tokens / 2, "half of max_tokens") if job.responses == "target" else (0, "the corpus")
+    if job.responses == "corpus":
+        return 0, "the corpus"
+    return max(job.sampling.max_tokens / 2, 1), "half of max_tokens"
 
 
 def _load(job: Job, totals: Totals) -> Load:

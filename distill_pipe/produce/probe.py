@@ -59,7 +59,7 @@ class Probe(Struct, frozen=True, kw_only=True):
 def run_probe(job: Job, prompts: Sequence[PlannedPrompt]) -> tuple[Probe, Rates]:
     """Really run a few prompts, in a temporary folder that is gone afterwards. `Probe.hours` is left at 0."""
     # Engines on other machines see what lies beside the dataset, and not this machine's temporary folder.
-    parent = existing_folder(Path(job.out)) if job.address else None
+    parent = existing_folder(Path(job.out).absolute().parent) if job.address else None
     with tempfile.TemporaryDirectory(prefix="distill-pipe-probe-", dir=parent) as folder:
         corpus = Path(folder, "prompts.jsonl")
         corpus.write_bytes(b"".join(msgspec.json.encode(

@@ -84,7 +84,8 @@ class ShardSink:
                 continue
 
     def _work(self) -> None:
-        # This thread's torch alone: a second OpenMP team beside the engine's makes both several times slower.
+        # Counts for this thread and those that start later; the engine's own keep theirs. A second OpenMP team beside
+        # the engine's would make both several times slower.
         torch.set_num_threads(1)
         while self._broken is None:
             item = self._items.get()

@@ -78,7 +78,7 @@ def check_blob(blob: HiddenBlob, codec: HiddenCodec, shape: tuple[int, int]) -> 
 
 def _nonfinite(data: NDArray[np.uint8], codec: HiddenCodec) -> NDArray[np.bool_]:
     """Per element of a blob: is it NaN or infinite?"""
-    bad: NDArray[np.bool_] = data.view(np.int8) == -LARGEST_CODE - 1
+    bad: NDArray[np.bool_]
     if codec == "f32":
         bad = ~np.isfinite(data.view("<f4"))
     elif codec == "bf16":
@@ -87,6 +87,8 @@ def _nonfinite(data: NDArray[np.uint8], codec: HiddenCodec) -> NDArray[np.bool_]
         bad = data[:len(data) // 2] == 0xFF
     elif codec == "fp8":
         bad = (data & 0x7F) == 0x7F
+    else:
+        bad = data.view(np.int8) == -LARGEST_CODE - 1
     return bad
 
 

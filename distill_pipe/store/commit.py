@@ -3,7 +3,7 @@
     scratch files, re-read and checked
       -> sidecars under names that hold their hash        (repeating this is harmless)
       -> main shard at its deterministic name, only if absent     <- this call is the commit
-      -> token statistics, fragment                        (rebuilt from the shard when missing)
+      -> token table, fragment                             (both can be made again from the shard)
 
 Writers need no lock and may run twice, at the same time or after their driver believes them dead: the first complete
 main shard wins and every other attempt adopts it. A crash leaves at most orphan sidecars and scratch folders.
@@ -107,7 +107,8 @@ def shard_fragment(root: LocalRoot, run: Run, shard: int) -> Fragment:
         DamageError: it cannot be read.
     """
     fragment = read_fragment(root, shard)
-    if fragment is not None and (fragment.info.fingerprint, fragment.file.name) == (run.fingerprint, shard_name(shard)):
+    if fragment is not None and (fragment.info.fingerprint, fragment.info.shard, fragment.file.name) == (
+            run.fingerprint, shard, shard_name(shard)):
         return fragment
     path = root.local(shard_name(shard))
     info = read_shard_info(path)
@@ -190,8 +191,8 @@ def _mean(values: NDArray[np.floating]) -> float:
 
 def _recheck(path: Path, info: ShardInfo, run: Run) -> None:
     """Read back what was written: a Parquet writer that met an error can leave a file that opens and is short."""
-    traces = list(traces_from_table(read_main(path, info, run.spec.capture)))
-    rows = sum(t.num_rows for t in traces)
-    if (len(traces), rows) != (info.traces, info.rows):
-        raise DamageError(f"shard {info.shard} read back as {len(traces)} traces with {rows} rows, written were "
-                          f"{info.traces} with {info.rows}")
+    traces = list(traces_from_table(read_main(path, info, run.spec.capture), run.spec.target.vocab_size))
+    held = (len(traces), sum(t.num_tokens for t in traces), sum(t.num_rows for t in traces))
+    if held != (info.traces, info.tokens, info.rows):
+        raise DamageError(f"shard {info.shard} read back as {held[0]} traces of {held[1]} tokens and {held[2]} rows, "
+                          f"written were {info.traces}, {info.tokens} and {info.rows}")

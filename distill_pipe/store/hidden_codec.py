@@ -6,7 +6,7 @@ where that is more, so that no code is ever clipped and each rotated element is 
 keeps lengths: the error of a row is at most `step / 2 * sqrt(H)`, for any row. The trade-off: an error relative to the
 row and not to each channel, so where one channel dwarfs the rest, the rest is coarse; `bf16-split` has no such cost.
 
-Torch is imported here and not elsewhere in the store. Shapes: N rows, T-1 positions of a trace, H hidden size.
+Of the store, this file and `rotation` alone import torch. Shapes: N rows, T-1 positions of a trace, H hidden size.
 """
 
 import math
@@ -96,7 +96,7 @@ def encode_trace(trace: Trace, codec: HiddenCodec) -> EncodedTrace:
             blobs[layer] = encode_hidden(hidden_TH, codec)
         except NotFiniteError as error:
             raise NotFiniteError(f"prompt {trace.ordinal}: layer {layer}: {error}") from None
-        errors[layer] = _measured_errors(hidden_TH, blobs[layer], codec)
+        errors[layer] = _measured_errors(hidden_TH, codec)
     trace.hidden.clear()
     return EncodedTrace(trace, blobs, errors)
 
@@ -165,11 +165,12 @@ def _round_up(scale_N: Tensor) -> Tensor:
     return torch.where(scale_N.isfinite(), rounded_N, scale_N).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _measured_errors(hidden_TH: Tensor, blob: HiddenBlob, codec: HiddenCodec) -> NDArray[np.float32]:
+def _measured_errors(hidden_TH: Tensor, codec: HiddenCodec) -> NDArray[np.float32]:
     """Relative errors of a few evenly spaced rows; the first is one of them, since its activations are the largest."""
-    picked = torch.linspace(0, len(hidden_TH) - 1, min(_MEASURED_ROWS, len(hidden_TH))).long()
-    decoded_TH = decode_hidden(blob, codec, hidden_TH.shape[1], dtype=torch.float32)
-    errors: NDArray[np.float32] = relative_errors(hidden_TH[picked], decoded_TH[picked]).float().numpy()
+    picked_NH = hidden_TH[torch.linspace(0, len(hidden_TH) - 1, min(_MEASURED_ROWS, len(hidden_TH))).long()]
+    # Rows are coded one by one, so those few again are what the blob holds of them.
+    decoded_NH = decode_hidden(encode_hidden(picked_NH, codec), codec, hidden_TH.shape[1], dtype=torch.float32)
+    errors: NDArray[np.float32] = relative_errors(picked_NH, decoded_NH).float().numpy()
     return errors
 
 

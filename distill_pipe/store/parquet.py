@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_pipe.errors import DamageError, MismatchError
@@ -71,9 +72,10 @@ class _Group:
     chunks: list[Chunk]
 
 
-def read_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit]) -> pa.Table:
+def read_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit], nullable: Sequence[str] = ()) -> pa.Table:
     """The columns of `schema`, and no others, of a Parquet file of ours, with page checksums verified. `limits` has one
-    limit for each; nothing is decoded before the file is known to stay within them.
+    limit for each; nothing is decoded before the file is known to stay within them. Columns that are not in `nullable`
+    hold no nulls, neither as a list nor as an element.
 
     Raises:
         DamageError: the file is missing, truncated, corrupt, lacks a column of the schema or goes beyond a limit;
@@ -87,7 +89,12 @@ def read_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit]) -> pa
                               page_checksum_verification=True, arrow_extensions_enabled=False)
         _check_types(file.schema_arrow, schema)
         _check_pages(source, parts, groups, limits)
-        return pa.table(_decode(path, file).columns, schema=schema)
+        table = pa.table(_decode(path, file).columns, schema=schema)
+    for name, column in zip(schema.names, table.columns, strict=True):
+        elements = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if name not in nullable and column.null_count + elements.null_count:
+            raise DamageError(f"{path}: column {name} holds nulls")
+    return table
 
 
 def read_footer_value(path: Path, key: bytes) -> bytes:

@@ -53,6 +53,8 @@ class LocalRoot:
                 data = file.read(MAX_RECORD_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise DamageError(f"{self.local(name)} cannot be read: {error.strerror}") from error
         if len(data) > MAX_RECORD_BYTES:
             raise DamageError(f"{self.local(name)} has more than {MAX_RECORD_BYTES} bytes; no record is that large")
         return data
@@ -121,7 +123,7 @@ class LocalRoot:
     def is_unused(self) -> bool:
         """True when nothing is there but, at most, what a run that died before it was frozen left behind."""
         if not self.path.exists():
-            return True
+            return not any(parent.is_file() for parent in self.path.parents)
         return self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {SCRATCH, "plan"}
 
     def _ready(self, source: Path, name: str) -> Path:

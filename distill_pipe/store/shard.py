@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distill_pipe.errors import DamageError
+from distill_pipe.errors import CaptureError, DamageError
 from distill_pipe.store.codec import round_significant, scalar_bits
 from distill_pipe.store.manifest import ShardInfo, decode_record
 from distill_pipe.store.parquet import Limit, read_footer_value, read_table
@@ -104,7 +104,7 @@ def read_main(path: Path, info: ShardInfo, capture: CaptureSpec) -> pa.Table:
         elif pa.types.is_list(field.type):
             values = entries[part] if _is_flat(field.name) else info.rows
         limits[field.name] = strings if pa.types.is_string(field.type) else Limit(max(values, info.traces))
-    return read_table(path, MAIN_SCHEMA, limits)
+    return read_table(path, MAIN_SCHEMA, limits, nullable=("domain",))
 
 
 def read_quarantine(path: Path, prompts: int) -> list[QuarantinedPrompt]:
@@ -127,12 +127,12 @@ def read_shard_info(path: Path) -> ShardInfo:
     return decode_record(read_footer_value(path, METADATA_KEY), ShardInfo, str(path))
 
 
-def traces_from_table(main: pa.Table) -> Iterator[Trace]:
-    """The traces of a main shard, without hidden states.
+def traces_from_table(main: pa.Table, vocab_size: int = 2**31) -> Iterator[Trace]:
+    """The traces of a main shard, without hidden states. Token ids lie below `vocab_size`.
 
     Raises:
         DamageError: the columns are not those of a main shard.
-        CaptureError: a row violates the invariants of `Trace`.
+        CaptureError: a row violates the invariants of `Trace`, or a token id lies outside the vocabulary.
     """
     for field in MAIN_SCHEMA:
         found = main.schema.field(field.name).type if field.name in main.column_names else None
@@ -143,6 +143,9 @@ def traces_from_table(main: pa.Table) -> Iterator[Trace]:
     domains, reasons = main["domain"].to_pylist(), main["finish_reason"].to_pylist()
     for i, ordinal in enumerate(ordinals):
         lists = {_attribute(name): values[offsets[i]:offsets[i + 1]] for name, (values, offsets) in flats.items()}
+        largest = max(int(lists[name].max(initial=0)) for name in ("token_ids_T", "topk_ids_N", "tail_ids_N"))
+        if largest >= vocab_size:
+            raise CaptureError(f"prompt {ordinal}: token id {largest} lies outside the vocabulary of {vocab_size}")
         yield Trace(ordinal=ordinal, prompt_id=prompt_ids[i], domain=domains[i], finish_reason=reasons[i],
                     hidden={}, **lists)
 
@@ -165,8 +168,10 @@ def _concat(traces: Sequence[Trace], attribute: str) -> NDArray[Any]:
 
 def _lists(traces: Sequence[Trace], attribute: str, kind: pa.ListType,
            values: NDArray[Any] | None = None) -> pa.ListArray:
-    lengths = [len(getattr(t, attribute)) for t in traces]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    offsets = np.cumsum([0] + [len(getattr(t, attribute)) for t in traces])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise CaptureError(f"{offsets[-1]} entries of {attribute} are too many for one shard; lower prompts_per_shard")
+    offsets = offsets.astype(np.int32)
     flat = _concat(traces, attribute) if values is None else values
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind.value_type), type=kind)
 

@@ -6,7 +6,9 @@ once, in `data/` or in `_quarantine/`. The price is one full read of the dataset
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 from msgspec import Struct
 
 from distill_pipe.errors import DamageError, DistillPipeError, MismatchError
@@ -96,7 +98,8 @@ def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list
     check_file(root, fragment.file)
     if read_shard_info(path) != fragment.info:
         raise MismatchError(f"{path}: its footer and its fragment disagree")
-    traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture)))
+    traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture), run.spec.target.vocab_size))
+    _require_recorded(path, fragment, run, traces)
     if fragment.info.hidden is not None:
         _verify_sidecar(root, run, fragment, fragment.info.hidden, traces)
     traced = [trace.ordinal for trace in traces]
@@ -108,6 +111,21 @@ def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list
     if sorted(traced + given_up) != list(range(*shard_range(run, shard))):
         raise MismatchError(f"{path}: its traces and quarantined prompts are not exactly those of its plan")
     return fragment, traced, given_up
+
+
+def _require_recorded(path: Path, fragment: Fragment, run: Run, traces: list[Trace]) -> None:
+    """What the record says, which readers believe, must be what the shard holds; and no head may repeat a token."""
+    info = fragment.info
+    held = (len(traces), sum(t.num_tokens for t in traces), sum(t.num_rows for t in traces))
+    if held != (info.traces, info.tokens, info.rows):
+        raise DamageError(f"{path} holds {held[0]} traces of {held[1]} tokens and {held[2]} rows; its record says "
+                          f"{info.traces}, {info.tokens} and {info.rows}")
+    if (info.hidden is not None) != bool(run.spec.capture.layers and traces):
+        raise DamageError(f"{path}: its record {'has' if info.hidden else 'lacks'} a hidden-state sidecar")
+    for trace in traces:
+        row_N = np.repeat(np.arange(trace.num_rows), trace.topk_counts_R)
+        if len(np.unique(row_N * run.spec.target.vocab_size + trace.topk_ids_N)) < len(row_N):
+            raise DamageError(f"{path}: prompt {trace.ordinal}: a head holds a token twice")
 
 
 def _verify_sidecar(root: LocalRoot, run: Run, fragment: Fragment, ref: FileRef, traces: list[Trace]) -> None:
