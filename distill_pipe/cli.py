@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from distill_pipe.errors import DamageError, DistillPipeError, UsageError
-from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace
+from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace, visible
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
@@ -251,12 +251,7 @@ def _decoder(target: str) -> Callable[[int], str]:
         _say(f"token ids are shown as numbers: {error}")
         return str
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return lambda token: _visible(tokenizer.decode([token]))
-
-
-def _visible(text: str) -> str:
-    """Text from a model with control characters escaped, so that it cannot steer the terminal."""
-    return repr(text)[1:-1]
+    return lambda token: visible(tokenizer.decode([token]))
 
 
 def _layers(text: str | None) -> list[int] | None:

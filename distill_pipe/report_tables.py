@@ -38,6 +38,11 @@ def print_facts(facts: msgspec.Struct, as_json: bool) -> None:
     Console().print(table, highlight=False, markup=False)
 
 
+def visible(text: str) -> str:
+    """Text from a model with control characters escaped, so that it cannot steer the terminal."""
+    return repr(text)[1:-1]
+
+
 def print_statistics(final: "Final", as_json: bool) -> None:
     """What a dataset adds up to."""
     if as_json:

@@ -20,6 +20,7 @@ from distill_pipe.store.manifest import fragment_name, require_run
 from distill_pipe.store.norm import read_final_norm
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import read_quarantine
+from distill_pipe.store.spec import HiddenCodec
 from distill_pipe.store.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
@@ -53,11 +54,10 @@ def test_every_number_of_the_golden_dataset_is_read_as_it_was(root: LocalRoot) -
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_golden_blob_of_every_codec_decodes_to_the_same_states(codec: str) -> None:
+def test_the_golden_blob_of_every_codec_decodes_to_the_same_states(codec: HiddenCodec) -> None:
     golden = CODECS[codec]
     scale_N = None if golden["scales"] is None else np.array(golden["scales"], np.float32)
-    decoded_NH = decode_hidden(HiddenBlob(bytes.fromhex(golden["blob"]), scale_N), codec, 12,  # type: ignore[arg-type]
-                               dtype=torch.float32)
+    decoded_NH = decode_hidden(HiddenBlob(bytes.fromhex(golden["blob"]), scale_N), codec, 12, dtype=torch.float32)
     assert torch.allclose(decoded_NH, torch.tensor(golden["states"]), atol=1e-6)
 
 
