@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_pipe.store.plan import Message
-from distill_pipe.store.spec import Responses
+from distill_pipe.store.spec import Responses, RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 class TemplateError(ValueError):
     """The conversation cannot be rendered so that the assistant's words are known; the prompt is quarantined."""
+
+
+class TooLongError(ValueError):
+    """The prompt does not fit the target's context; it is quarantined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,22 @@ class Renderer:
             ids = self._encode(self._text(messages, generate=True), first=True)
             return RenderedPrompt(ids, [False] * len(ids))
         return self._render_given(messages)
+
+    def render_fitting(self, messages: Sequence[Message], spec: RunSpec) -> RenderedPrompt:
+        """Render one conversation of a run.
+
+        Raises:
+            TemplateError: as `render`, or nothing of the conversation could be supervised.
+            TooLongError: it does not fit the context length.
+        """
+        rendered = self.render(messages, spec.responses)
+        # The target needs room for one more token; of a given text the last token is not computed.
+        if len(rendered.token_ids_T) > spec.engine.max_model_len - (spec.responses == "target"):
+            raise TooLongError(f"{len(rendered.token_ids_T)} tokens do not fit the context length of "
+                               f"{spec.engine.max_model_len}")
+        if len(rendered.token_ids_T) < 2 and spec.responses == "corpus":
+            raise TemplateError("the conversation is a single token; nothing predicts it")
+        return rendered
 
     def _render_given(self, messages: Sequence[Message]) -> RenderedPrompt:
         token_ids: list[int] = []

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_pipe.store.spec import CaptureSpec
+from distill_pipe.store.splitmix import mix
 
 BLOCK = 256
 CHUNK_ROWS = 256
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +69,9 @@ def head_rows(logits_RV: Tensor, capture: CaptureSpec, uniform_R: Tensor) -> Hea
 def row_uniforms(seed: int, ordinal: int, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
     """One number in [0, 1) per row: a splitmix64 hash of (seed, ordinal, position), the upper 24 bits."""
     with np.errstate(over="ignore"):
-        state = _mix(np.array([seed % 2**64], np.uint64))
-        state = _mix(state ^ np.uint64(ordinal))
-        bits_R = _mix(state ^ positions_R.astype(np.uint64))
+        state = mix(np.array([seed % 2**64], np.uint64))
+        state = mix(state ^ np.uint64(ordinal))
+        bits_R = mix(state ^ positions_R.astype(np.uint64))
     return (bits_R >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
@@ -80,13 +79,6 @@ def _needed(top_RK: Tensor, coverage: float) -> Tensor:
     """The entries before which the head does not cover enough yet; the first is always one of them."""
     probs_RK = top_RK.double().exp()
     return probs_RK.cumsum(1) - probs_RK < coverage
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = value + _GOLDEN
-    value = (value ^ (value >> np.uint64(30))) * _MIX[0]
-    value = (value ^ (value >> np.uint64(27))) * _MIX[1]
-    return value ^ (value >> np.uint64(31))
 
 
 def _sample_tail(probs_RV: Tensor, samples: int, uniform_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_pipe.errors import UsageError
-from distill_pipe.produce.chat import Renderer, TemplateError
+from distill_pipe.produce.chat import Renderer, TemplateError, TooLongError
 from distill_pipe.produce.corpus import read_prompts
 from distill_pipe.produce.job import Job
 from distill_pipe.store.codec import bytes_per_element
@@ -89,17 +89,14 @@ def read_sample(job: Job, spec: RunSpec, folder: Path, ordinals: Sequence[int]) 
     before: list[int] = []
     for prompt in sample.prompts:
         try:
-            rendered = renderer.render(prompt.messages, job.responses)
+            rendered = renderer.render_fitting(prompt.messages, spec)
         except TemplateError:
             sample.faults["refused"] += 1
             continue
-        ids = rendered.token_ids_T
-        if job.responses == "corpus" and len(ids) < 2:
-            sample.faults["refused"] += 1
-            continue
-        if len(ids) > spec.engine.max_model_len - (job.responses == "target"):
+        except TooLongError:
             sample.faults["too_long"] += 1
             continue
+        ids = rendered.token_ids_T
         sample.tokens.append(len(ids))
         sample.rows.append(sum(rendered.loss_mask_T[1:]))
         sample.shared.append(shared_prefix(ids, before))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from distill_pipe.produce.assembly import FinishedTrace
-from distill_pipe.produce.chat import RenderedPrompt, Renderer, TemplateError
+from distill_pipe.produce.chat import RenderedPrompt, Renderer, TemplateError, TooLongError
 from distill_pipe.produce.engine import Request, RequestError, Response, TargetEngine
 from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.store.manifest import Run
@@ -79,27 +79,16 @@ class ShardWorker:
         opened = self._open[shard] = _OpenShard()
         for prompt in read_planned_shard(self._root, self._run, shard):
             try:
-                rendered = self._render(prompt)
+                rendered = self._renderer.render_fitting(prompt.messages, self._run.spec)
                 mask = rendered.loss_mask_T if self._run.spec.responses == "corpus" else ()
                 self._engine.add(Request(prompt.ordinal, rendered.token_ids_T, mask))
-            except (TemplateError, RequestError, _TooLongError) as error:
+            except (TemplateError, RequestError, TooLongError) as error:
                 opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, _CODES[type(error)],
                                                             str(error)[:MESSAGE_CHARACTERS]))
                 continue
             opened.prompts[prompt.ordinal] = (prompt, rendered)
             self._shard_of[prompt.ordinal] = shard
         self._commit_if_whole(shard)
-
-    def _render(self, prompt: PlannedPrompt) -> RenderedPrompt:
-        rendered = self._renderer.render(prompt.messages, self._run.spec.responses)
-        # The target needs room for one more token; of a given text the last token is not computed.
-        longest = self._run.spec.engine.max_model_len - (self._run.spec.responses == "target")
-        if len(rendered.token_ids_T) > longest:
-            raise _TooLongError(f"{len(rendered.token_ids_T)} tokens do not fit the context length of "
-                           f"{self._run.spec.engine.max_model_len}")
-        if len(rendered.token_ids_T) < 2 and self._run.spec.responses == "corpus":
-            raise TemplateError("the conversation is a single token; nothing predicts it")
-        return rendered
 
     def _finish(self, response: Response) -> int:
         """Hand a finished prompt on; returns how many of its tokens ran through the target."""
@@ -126,9 +115,5 @@ class ShardWorker:
             self._engine.commit(shard, self._open.pop(shard).quarantined)
 
 
-class _TooLongError(ValueError):
-    """The prompt does not fit the target's context."""
-
-
 _WHOLE = ("stop", "length")
-_CODES = {TemplateError: "template", RequestError: "engine", _TooLongError: "too_long"}
+_CODES = {TemplateError: "template", RequestError: "engine", TooLongError: "too_long"}

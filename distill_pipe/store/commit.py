@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_pipe.errors import DamageError, MismatchError
+from distill_pipe.errors import MismatchError
 from distill_pipe.store.manifest import (
     FileRef,
     Fragment,
@@ -38,6 +38,7 @@ from distill_pipe.store.shard import (
     read_main,
     read_quarantine,
     read_shard_info,
+    require_counts,
     traces_from_table,
     write_main,
     write_quarantine,
@@ -192,7 +193,4 @@ def _mean(values: NDArray[np.floating]) -> float:
 def _recheck(path: Path, info: ShardInfo, run: Run) -> None:
     """Read back what was written: a Parquet writer that met an error can leave a file that opens and is short."""
     traces = list(traces_from_table(read_main(path, info, run.spec.capture), run.spec.target.vocab_size))
-    held = (len(traces), sum(t.num_tokens for t in traces), sum(t.num_rows for t in traces))
-    if held != (info.traces, info.tokens, info.rows):
-        raise DamageError(f"shard {info.shard} read back as {held[0]} traces of {held[1]} tokens and {held[2]} rows, "
-                          f"written were {info.traces}, {info.tokens} and {info.rows}")
+    require_counts(path, info, traces)

@@ -101,10 +101,9 @@ def encode_trace(trace: Trace, codec: HiddenCodec) -> EncodedTrace:
     return EncodedTrace(trace, blobs, errors)
 
 
-def decode_layers(blobs: Mapping[int, HiddenBlob], codec: HiddenCodec, hidden_size: int,
-                  dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
-    """All layers of a stored trace, `[T-1, H]` each."""
-    return {layer: decode_hidden(blob, codec, hidden_size, dtype=dtype) for layer, blob in blobs.items()}
+def decode_layers(blobs: Mapping[int, HiddenBlob], codec: HiddenCodec, hidden_size: int) -> dict[int, Tensor]:
+    """All layers of a stored trace in float32, `[T-1, H]` each."""
+    return {layer: decode_hidden(blob, codec, hidden_size, dtype=torch.float32) for layer, blob in blobs.items()}
 
 
 def as_tensor(hidden_TH: NDArray[np.float32] | NDArray[np.uint16]) -> Tensor:

@@ -12,10 +12,11 @@ Shapes: N rows, H width = a * b.
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_MASK = 2**64 - 1
+from distill_pipe.store.splitmix import mix
 
 
 def factors(width: int) -> tuple[int, int]:
@@ -32,7 +33,8 @@ def hartley_signed(size: int) -> Tensor:
     index = torch.arange(size, dtype=torch.int64)
     # The product is reduced before it is scaled, so that large indices lose no precision.
     angle = (index[:, None] * index % size).double() * (2 * math.pi / size)
-    signs = torch.tensor([1.0 - 2.0 * (_mix((size << 32) + j) & 1) for j in range(size)], dtype=torch.float64)
+    hashes = mix((size << 32) + np.arange(size, dtype=np.uint64))
+    signs = torch.from_numpy(1.0 - 2.0 * (hashes & np.uint64(1)).astype(np.float64))
     return (angle.cos() + angle.sin()) * signs / math.sqrt(size)
 
 
@@ -56,10 +58,3 @@ def rotate_back(rows_NH: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _matrices(a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return hartley_signed(a).float().to(device), hartley_signed(b).float().to(device)
-
-
-def _mix(z: int) -> int:
-    z = (z + 0x9E3779B97F4A7C15) & _MASK
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
-    return z ^ z >> 31

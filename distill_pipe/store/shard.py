@@ -150,6 +150,14 @@ def traces_from_table(main: pa.Table, vocab_size: int = 2**31) -> Iterator[Trace
                     hidden={}, **lists)
 
 
+def require_counts(path: Path, info: ShardInfo, traces: Sequence[Trace]) -> None:
+    """Raises DamageError unless a shard holds what its record says, which readers believe and are limited by."""
+    held = (len(traces), sum(t.num_tokens for t in traces), sum(t.num_rows for t in traces))
+    if held != (info.traces, info.tokens, info.rows):
+        raise DamageError(f"{path} holds {held[0]} traces of {held[1]} tokens and {held[2]} rows; its record says "
+                          f"{info.traces}, {info.tokens} and {info.rows}")
+
+
 def _is_flat(column: str) -> bool:
     return column.startswith(("topk", "tail")) and column.endswith(("ids", "logprobs"))
 

@@ -17,7 +17,7 @@ from distill_pipe.store.manifest import FINAL_NORM, FileRef, Fragment, Run, chec
 from distill_pipe.store.norm import read_final_norm
 from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import LocalRoot
-from distill_pipe.store.shard import read_main, read_quarantine, read_shard_info, traces_from_table
+from distill_pipe.store.shard import read_main, read_quarantine, read_shard_info, require_counts, traces_from_table
 from distill_pipe.store.sidecar import check_sidecar, read_sidecar, read_sidecar_info, sidecar_info
 from distill_pipe.store.trace import Trace
 
@@ -114,12 +114,9 @@ def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list
 
 
 def _require_recorded(path: Path, fragment: Fragment, run: Run, traces: list[Trace]) -> None:
-    """What the record says, which readers believe, must be what the shard holds; and no head may repeat a token."""
+    """What the record says must be what the shard holds; and no head may repeat a token."""
     info = fragment.info
-    held = (len(traces), sum(t.num_tokens for t in traces), sum(t.num_rows for t in traces))
-    if held != (info.traces, info.tokens, info.rows):
-        raise DamageError(f"{path} holds {held[0]} traces of {held[1]} tokens and {held[2]} rows; its record says "
-                          f"{info.traces}, {info.tokens} and {info.rows}")
+    require_counts(path, info, traces)
     if (info.hidden is not None) != bool(run.spec.capture.layers and traces):
         raise DamageError(f"{path}: its record {'has' if info.hidden else 'lacks'} a hidden-state sidecar")
     for trace in traces:
