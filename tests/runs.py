@@ -28,8 +28,8 @@ PROMPTS = (
 LONG_PROMPT = "Repeat after me: " + "far too long " * 100
 LAYERS = (0, 2, 15, 30)
 _TARGET = ("--target", "smollm2-135m", "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "f32")
-GENERATE = (*_TARGET, "--set", "sampling.max_tokens=24", "--set", "prompts_per_shard=4", "--set", "max_num_seqs=4",
-            "--set", "max_model_len=128")
+GENERATE = (*_TARGET, "--set", "sampling.max_tokens=24", "--set", "prompts_per_shard=4", "--set",
+            "engine.max_num_seqs=4", "--set", "max_model_len=128")
 SCORE = (*_TARGET, "--responses", "corpus", "--set", "capture.logprob_bits=24")
 
 

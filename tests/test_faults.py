@@ -37,7 +37,7 @@ class Run:
         name, value = self.mark.split("=")
         line = [sys.executable, "-m", "distill_pipe.cli", "generate", "--target", "smollm2-135m", "--corpus", corpus,
                 "--out", out, "--layers", "2,30", "--set", "sampling.max_tokens=16", "--set",
-                f"prompts_per_shard={PER_SHARD}", "--set", "max_num_seqs=8"]
+                f"prompts_per_shard={PER_SHARD}", "--set", "engine.max_num_seqs=8"]
         self.log = out.with_name(f"{value}.log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(list(map(str, line)), env={**os.environ, name: value}, stderr=log)

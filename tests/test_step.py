@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from distill_pipe.errors import CaptureError
 from distill_pipe.produce.assembly import Assembler, FinishedTrace
+from distill_pipe.produce.head import WHOLE, VocabShard
 from distill_pipe.produce.step import NO_TOKEN, Request, StepCapture, StepView, Wanted
 from distill_pipe.store.spec import CaptureSpec
 from distill_pipe.store.trace import Trace
@@ -58,14 +59,21 @@ def request_of(sequence: Sequence) -> Request:
     return Request(Wanted(sequence.ordinal, ranges, sequence.token_ids[-1]), prompt)
 
 
-def view_of(parts: list[tuple[Sequence, int, int]], with_logits: bool) -> StepView:
+def sampled_by(sequence: Sequence, stop: int) -> int:
+    """What the engine samples after a step up to `stop`: the next token, or within a prompt anything at all."""
+    token = sequence.token_ids[stop]
+    return token if stop >= sequence.prompt_length else (token + 1) % VOCAB
+
+
+def view_of(parts: list[tuple[Sequence, int, int]], sampled: list[int] | None = None) -> StepView:
     """A step in which each sequence computes positions [start, stop)."""
     final_NH = torch.cat([s.states(0)[a:b] for s, a, b in parts])
     last = np.cumsum([b - a for _, a, b in parts]) - 1
     return StepView([str(s.ordinal) for s, _, _ in parts], np.array([a for _, a, _ in parts]),
                     np.array([b - a for _, a, b in parts]), final_NH,
                     [torch.cat([s.states(n)[a:b] for s, a, b in parts]) for n in LAYERS],
-                    compute_logits(final_NH[torch.from_numpy(last)]) if with_logits else None)
+                    compute_logits(final_NH[torch.from_numpy(last)]),
+                    torch.tensor([sampled_by(s, b) for s, _, b in parts] if sampled is None else sampled))
 
 
 def expected_next(sequence: Sequence) -> np.ndarray:
@@ -75,9 +83,17 @@ def expected_next(sequence: Sequence) -> np.ndarray:
 
 
 def finish(assembler: Assembler, sequence: Sequence) -> Trace:
-    reported = [] if sequence.given else expected_next(sequence).tolist()
-    return assembler.finish(FinishedTrace(sequence.ordinal, "p", None, "stop", sequence.token_ids, sequence.loss_mask,
-                                          reported))
+    return assembler.finish(FinishedTrace(sequence.ordinal, "p", None, "stop", sequence.token_ids, sequence.loss_mask))
+
+
+def run(steps: list[StepView], found: list[Sequence], assembler: Assembler, shard: VocabShard = WHOLE) -> None:
+    capture = StepCapture(CAPTURE, 3, compute_logits, shard)
+    for sequence in found:
+        capture.open(str(sequence.ordinal), request_of(sequence))
+    for view in steps:
+        step = capture.step(view)
+        for ordinal, rows in step.rows if step else ():
+            assembler.add(ordinal, rows)
 
 
 def assert_right(trace: Trace, sequence: Sequence) -> None:
@@ -128,52 +144,80 @@ def schedules(draw: st.DrawFn) -> tuple[list[Sequence], list[list[tuple[Sequence
 
 
 @settings(max_examples=150, deadline=None)
-@given(schedules(), st.booleans())
-def test_any_schedule_gives_the_same_traces(schedule, with_logits: bool) -> None:
+@given(schedules())
+def test_any_schedule_gives_the_same_traces(schedule) -> None:
     found, steps = schedule
-    capture, assembler = StepCapture(CAPTURE, 3, compute_logits), Assembler(LAYERS)
-    for sequence in found:
-        capture.open(str(sequence.ordinal), request_of(sequence))
-    for step in steps:
-        for ordinal, rows in capture.step(view_of(step, with_logits)):
-            assembler.add(ordinal, rows)
+    assembler = Assembler(LAYERS)
+    run([view_of(step) for step in steps], found, assembler)
     for sequence in found:
         assert_right(finish(assembler, sequence), sequence)
 
 
+WRITTEN = Sequence(0, [5, 9, 20, 30, 40, 50], [False, False, True, True, True, True], given=False)
+
+
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_states_shifted_by_one_position_are_refused_when_the_trace_is_finished(shift: int) -> None:
-    # The engine reports the likeliest token of each row, so that every one of them is in the head.
-    states = Sequence(0, [0] * 6, [False, False, True, True, True, True], given=False)
-    likeliest = compute_logits(states.states(0)).argmax(-1).tolist()
-    sequence = Sequence(0, [5, 9, *likeliest[1:5]], states.loss_mask, given=False)
-    view = view_of([(sequence, 0, 5)], with_logits=False)
-    for roll, refused in ((0, False), (shift, True)):
-        capture, assembler = StepCapture(CAPTURE, 3, compute_logits), Assembler(LAYERS)
-        capture.open("0", request_of(sequence))
-        shifted = StepView(view.request_ids, view.starts, view.lengths, view.hidden_NH.roll(roll, 0), view.aux, None)
-        for ordinal, rows in capture.step(shifted):
-            assembler.add(ordinal, rows)
-        if refused:
-            with pytest.raises(CaptureError, match="is not the distribution that token"):
-                finish(assembler, sequence)
-        else:
-            assert_right(finish(assembler, sequence), sequence)
+def test_states_shifted_by_one_position_are_refused_in_the_first_steps(shift: int) -> None:
+    view = view_of([(WRITTEN, 0, 4)])
+    run([view], [WRITTEN], Assembler(LAYERS))
+    shifted = StepView(view.request_ids, view.starts, view.lengths, view.hidden_NH.roll(shift, 0), view.aux,
+                       view.logits_nV, view.sampled_n)
+    with pytest.raises(CaptureError, match="are not those the engine samples from"):
+        run([shifted], [WRITTEN], Assembler(LAYERS))
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_logits_of_another_request_are_refused_when_the_trace_is_finished(shift: int) -> None:
+    other = Sequence(1, [7, 8, 21, 31, 41, 51], WRITTEN.loss_mask, given=False)
+    assembler = Assembler(LAYERS)
+    views = [view_of([(WRITTEN, a, b), (other, a, b)]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 5))]
+    mixed = [StepView(v.request_ids, v.starts, v.lengths, v.hidden_NH, v.aux, v.logits_nV, v.sampled_n.roll(shift))
+             for v in views]
+    run(mixed, [WRITTEN, other], assembler)
+    with pytest.raises(CaptureError, match=r"position 1 is not the distribution that token 2 was drawn from \(4 such"):
+        finish(assembler, WRITTEN)
+
+
+@pytest.mark.parametrize("thrown_away", [60, 30])
+def test_a_token_thrown_away_by_a_preemption_and_sampled_again_leaves_the_row_of_the_token_that_stayed(
+        thrown_away: int) -> None:
+    # The engine samples after position 2, is preempted before the token counts, computes all again, and samples anew.
+    steps = [view_of([(WRITTEN, 0, 2)]), view_of([(WRITTEN, 2, 3)], [thrown_away]), view_of([(WRITTEN, 0, 3)]),
+             view_of([(WRITTEN, 3, 4)]), view_of([(WRITTEN, 4, 5)])]
+    assembler = Assembler(LAYERS)
+    run(steps, [WRITTEN], assembler)
+    assert_right(finish(assembler, WRITTEN), WRITTEN)
 
 
 def test_requests_that_are_not_ours_and_finished_ones_leave_no_rows() -> None:
     sequence = Sequence(0, [1, 2, 3, 4], [False, True, True, True], given=True)
     capture = StepCapture(CAPTURE, 0, compute_logits)
-    assert capture.step(view_of([(sequence, 0, 3)], with_logits=True)) == []
+    assert capture.step(view_of([(sequence, 0, 3)])) is None
     capture.open("0", request_of(sequence))
     capture.close(["0"])
-    assert capture.step(view_of([(sequence, 0, 3)], with_logits=True)) == []
+    assert capture.step(view_of([(sequence, 0, 3)])) is None
 
 
 def test_a_model_that_delivers_fewer_layers_than_asked_is_refused() -> None:
     sequence = Sequence(0, [1, 2, 3, 4], [False, True, True, True], given=True)
     capture = StepCapture(CAPTURE, 0, compute_logits)
     capture.open("0", request_of(sequence))
-    view = view_of([(sequence, 0, 3)], with_logits=True)
+    view = view_of([(sequence, 0, 3)])
     with pytest.raises(CaptureError, match="delivers 1 hidden states, asked for were 2"):
-        capture.step(StepView(view.request_ids, view.starts, view.lengths, view.hidden_NH, view.aux[:1], view.logits))
+        capture.step(StepView(view.request_ids, view.starts, view.lengths, view.hidden_NH, view.aux[:1], view.logits_nV,
+                              view.sampled_n))
+
+
+def test_a_device_that_does_not_ship_reduces_its_part_and_returns_nothing() -> None:
+    sequence = Sequence(0, [1, 2, 3, 4], [False, True, True, True], given=True)
+    exchanged: list[torch.Size] = []
+
+    def gather(part_Rn: torch.Tensor) -> torch.Tensor:
+        exchanged.append(part_Rn.shape)
+        return part_Rn[None]
+
+    capture = StepCapture(CAPTURE, 0, compute_logits, VocabShard(0, 0, gather), ships=False)
+    capture.open("0", request_of(sequence))
+    assert capture.step(view_of([(sequence, 0, 3)])) is None
+    # The rows at 0 and 1 need the others' parts; the one at 2 has the engine's logits, which the first device reduces.
+    assert [shape[0] for shape in exchanged] == [2, 2, 2]

@@ -2,9 +2,9 @@
 
 The engine mixes many requests in a step, splits one prompt over several steps, and computes rows again after a
 preemption. Whatever the order, a trace is accepted only when every supervised row and every hidden state is there
-exactly once, and when the log-probability that the engine itself reports for each sampled token equals the captured
-one; that second check is independent of our own bookkeeping and would catch rows shifted by one. Raw states stay in
-memory until their trace is whole.
+exactly once, and when each row that a token was sampled from saw the very token that the engine delivered in the end;
+that second check is independent of our own bookkeeping and would catch rows shifted by one. Raw states stay in memory
+until their trace is whole.
 
 Shapes: T tokens, R supervised rows, n rows of one step, L layers, H hidden size.
 """
@@ -20,13 +20,9 @@ from numpy.typing import NDArray
 from distill_pipe.errors import CaptureError
 from distill_pipe.store.trace import Trace
 
-# The engine's own log-softmax and ours see the same logits, so they differ by float32 rounding alone.
-NEXT_LOGPROB_TOLERANCE = 2e-3
-
 
 class FinishedTrace(msgspec.Struct, frozen=True, array_like=True):
-    """What the driver knows of a finished prompt. `next_logprobs` are the engine's own log-probabilities of the tokens
-    it sampled, from the first response token on; empty when the response was given."""
+    """What the driver knows of a finished prompt."""
 
     ordinal: int
     prompt_id: str
@@ -34,14 +30,13 @@ class FinishedTrace(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: str
     token_ids: list[int]
     loss_mask: list[bool]
-    next_logprobs: list[float]
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
     """What one engine step yields for one prompt: states of consecutive positions from `first_position`, and head rows
-    for the positions in `positions_n`. `head` follows `HeadRows.tensors()`, then the next token's log-probability,
-    NaN where the engine had not chosen it yet. `hidden_nLH` holds bfloat16 bits or float32."""
+    for the positions in `positions_n`. `head` follows `HeadRows.tensors()`, then the token that was sampled from each
+    row, -1 where it was known before. `hidden_nLH` holds bfloat16 bits or float32."""
 
     first_position: int
     hidden_nLH: NDArray[np.float32] | NDArray[np.uint16] | None
@@ -68,7 +63,7 @@ class Assembler:
         """The trace of a finished prompt.
 
         Raises:
-            CaptureError: rows are missing, doubled, or do not match the engine's own log-probabilities.
+            CaptureError: rows are missing, doubled, or another token was drawn from them than the prompt has.
             NotFiniteError: a value is NaN or infinite.
         """
         steps = self._steps.pop(done.ordinal, [])
@@ -76,13 +71,13 @@ class Assembler:
         mask_T = np.asarray(done.loss_mask, bool)
         wanted_R = np.flatnonzero(mask_T[1:])
         with_rows = [s for s in steps if len(s.positions_n)]
-        order = _exactly_once(np.concatenate([s.positions_n for s in with_rows] or [wanted_R[:0]]), wanted_R,
-                              done.ordinal, "head row")
-        if not with_rows:
+        if not len(wanted_R):
             raise CaptureError(f"prompt {done.ordinal}: no token is supervised")
-        fields = [np.concatenate(parts)[order] for parts in zip(*(s.head for s in with_rows), strict=True)]
-        topk_ids_RK, topk_lp_RK, lse_R, mass_R, tail_ids_RM, tail_lp_RM, next_R = fields
-        next_R = _next_logprobs(done, wanted_R, next_R, token_ids_T, topk_ids_RK, topk_lp_RK)
+        found_n = np.concatenate([s.positions_n for s in with_rows] or [wanted_R[:0]])
+        fields = [np.concatenate(parts) for parts in zip(*(s.head for s in with_rows), strict=True)]
+        kept = _kept_copies(found_n, fields[-1], token_ids_T, done.ordinal) if fields else np.empty(0, np.int64)
+        order = kept[_exactly_once(found_n[kept], wanted_R, done.ordinal, "head row")]
+        topk_ids_RK, topk_lp_RK, lse_R, mass_R, tail_ids_RM, tail_lp_RM, next_R, _ = (f[order] for f in fields)
         head_RK, sampled_RM = topk_ids_RK >= 0, tail_ids_RM >= 0
         return Trace(
             ordinal=done.ordinal, prompt_id=done.prompt_id, domain=done.domain, finish_reason=done.finish_reason,
@@ -116,23 +111,21 @@ def _exactly_once(found: NDArray[np.int64], wanted: NDArray[np.int64], ordinal: 
     return order[inside]
 
 
-def _next_logprobs(done: FinishedTrace, wanted_R: NDArray[np.int64], captured_R: NDArray[np.float32],
-                   token_ids_T: NDArray[np.int32], topk_ids_RK: NDArray[np.float32],
-                   topk_lp_RK: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probability of each row's next token, checked against the head."""
-    next_R = captured_R
-    if done.next_logprobs:
-        next_R = np.asarray(done.next_logprobs, np.float32)
-        if len(next_R) != len(wanted_R):
-            raise CaptureError(f"prompt {done.ordinal}: the engine reported {len(next_R)} sampled tokens, "
-                               f"{len(wanted_R)} rows were captured")
-    hit_RK = topk_ids_RK == token_ids_T[wanted_R + 1][:, None]
-    # In the head a token has its own entry; outside it, it cannot be likelier than the head's last entry.
-    last_R1 = np.take_along_axis(topk_lp_RK, (topk_ids_RK >= 0).sum(1, keepdims=True) - 1, 1)
-    gap_R = np.where(hit_RK.any(1), np.abs(np.where(hit_RK, topk_lp_RK - next_R[:, None], 0).sum(1)),
-                     next_R - last_R1[:, 0])
-    if (gap_R > NEXT_LOGPROB_TOLERANCE).any():
-        row = int(gap_R.argmax())
-        raise CaptureError(f"prompt {done.ordinal}: row {row} is not the distribution that token {row} of the response "
-                           f"was drawn from (log-probabilities differ by {gap_R[row]:.3f})")
-    return next_R
+def _kept_copies(positions_n: NDArray[np.int64], sampled_n: NDArray[np.int64], token_ids_T: NDArray[np.int32],
+                 ordinal: int) -> NDArray[np.int64]:
+    """Which rows to keep, in order of position. A preemption can throw a sampled token away; its row then came twice,
+    and the copy counts whose token the engine delivered.
+
+    Raises:
+        CaptureError: no copy of a row saw its token.
+    """
+    inside_n = positions_n + 1 < len(token_ids_T)
+    following_n = token_ids_T[np.where(inside_n, positions_n + 1, 0)]
+    agrees_n = (sampled_n < 0) | (sampled_n == following_n) | ~inside_n
+    strange = np.setdiff1d(positions_n, positions_n[agrees_n])
+    if len(strange):
+        raise CaptureError(f"prompt {ordinal}: the row at position {strange[0]} is not the distribution that token "
+                           f"{strange[0] + 1} was drawn from ({len(strange)} such rows)")
+    order = np.flatnonzero(agrees_n)[np.argsort(positions_n[agrees_n], kind="stable")]
+    again = np.append(False, np.diff(positions_n[order]) == 0) & (sampled_n[order] >= 0)
+    return order[~again]

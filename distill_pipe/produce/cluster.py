@@ -24,7 +24,7 @@ from distill_pipe.errors import (
     MismatchError,
     StorageFullError,
 )
-from distill_pipe.produce.engine import EngineResources
+from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.worker import Progress, ShardWorker
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
@@ -44,14 +44,14 @@ class ClusterPlan:
     revision: str | None
     workers: int
     address: str | None
-    max_num_seqs: int
+    engine: EngineOptions
 
 
 class _Replica:
     """The actor: one engine and the shards given to it."""
 
-    def __init__(self, plan: ClusterPlan, run: bytes, root: str, resources: EngineResources) -> None:
-        self._plan, self._run, self._root, self._resources = plan, run, root, resources
+    def __init__(self, plan: ClusterPlan, run: bytes, root: str, cpu_threads: int) -> None:
+        self._plan, self._run, self._root, self._cpu_threads = plan, run, root, cpu_threads
         self._worker: ShardWorker | None = None
 
     def advance(self, shards: list[int], seconds: float) -> Progress:
@@ -61,14 +61,19 @@ class _Replica:
         return self._worker.advance(shards, seconds)
 
     def _start(self) -> ShardWorker:
+        if self._plan.engine.distributed_executor_backend == "ray":
+            import ray
+
+            # Without it, vLLM's processes would start a cluster of their own.
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         # Ray sets this to the CPUs an actor reserves; OpenMP reads it when torch is imported below.
-        os.environ["OMP_NUM_THREADS"] = str(self._resources.cpu_threads)
+        os.environ["OMP_NUM_THREADS"] = str(self._cpu_threads)
         from distill_pipe.produce.chat import Renderer
         from distill_pipe.produce.vllm_engine import VllmEngine
 
         run, root = msgspec.json.decode(self._run, type=Run), LocalRoot(self._root)
         renderer = Renderer(self._plan.model, self._plan.revision)
-        engine = VllmEngine(self._plan.model, self._plan.revision, run, root, self._resources)
+        engine = VllmEngine(self._plan.model, self._plan.revision, run, root, self._plan.engine)
         return ShardWorker(engine, renderer, root, run)
 
 
@@ -137,11 +142,24 @@ def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, t
 
 
 def _start_replica(ray: Any, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // plan.workers, 1))
-    resources = EngineResources(max_num_seqs=plan.max_num_seqs, cpu_threads=threads)
-    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Replica)
-    return actor.remote(plan, msgspec.json.encode(run), str(root), resources)
+    devices = plan.engine.devices
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // (plan.workers * devices), 1))
+    gpus = devices if ray.cluster_resources().get("GPU", 0) else 0
+    placed = {"num_cpus": 1, "num_gpus": gpus}
+    if plan.engine.distributed_executor_backend == "ray":
+        placed = _placed_over_nodes(ray, devices, "GPU" if gpus else "CPU")
+    actor = ray.remote(max_restarts=0, max_task_retries=0, **placed)(_Replica)
+    return actor.remote(plan, msgspec.json.encode(run), str(root), threads)
+
+
+def _placed_over_nodes(ray: Any, devices: int, kind: str) -> dict[str, Any]:
+    """Where the actor goes when vLLM places its own workers through Ray: into a group with a place for each device,
+    close together. vLLM's workers take the devices, so the actor asks for none."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.placement_group([{kind: 1, **({"CPU": 1} if kind == "GPU" else {})}] * devices, strategy="PACK")
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
 
 
 def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Progress], None]) -> None:

@@ -8,7 +8,9 @@ Shapes: T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
+
+from msgspec import Meta, Struct
 
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.sink import ShardOutcome
@@ -26,20 +28,32 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A finished request: the tokens the target wrote, why it stopped, and its log-probability of each."""
+    """A finished request: the tokens the target wrote, and why it stopped."""
 
     ordinal: int
     token_ids: Sequence[int]
     finish_reason: str
-    next_logprobs: Sequence[float]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineResources:
-    """What an engine may use; none of it changes a dataset's bytes. `cpu_threads` matter to CPU engines alone."""
+class EngineOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an engine is laid out and what it may use. The names are vLLM's own. None of it says what the dataset is, so
+    all of it may differ at every start; an option that is not given is left to vLLM."""
 
-    max_num_seqs: int = 64
-    cpu_threads: int = 1
+    tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
+    pipeline_parallel_size: Annotated[int, Meta(ge=1)] = 1
+    enable_expert_parallel: bool = False
+    distributed_executor_backend: Literal["mp", "ray"] | None = None
+    max_num_seqs: Annotated[int, Meta(ge=1)] = 64
+    max_num_batched_tokens: Annotated[int, Meta(ge=1)] | None = None
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
+    kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    enable_prefix_caching: bool = False
+    enforce_eager: bool | None = None
+
+    @property
+    def devices(self) -> int:
+        """How many devices one engine takes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class RequestError(ValueError):

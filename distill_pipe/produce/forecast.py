@@ -122,17 +122,18 @@ def _notes(job: Job, read: Sample, memory: Memory, probed: Probe | None, longest
         notes.append("bytes are by rates measured on SmolLM2-135M; --probe 32 measures this target")
         if job.responses == "target":
             notes.append(f"responses are assumed to have {_assumed_response(job)[0]:,.0f} tokens, half of max_tokens")
-    elif probed.prompts < job.max_num_seqs:
-        notes.append(f"{probed.prompts} prompts do not fill a batch of {job.max_num_seqs}: hours are an upper bound")
+    elif probed.prompts < job.engine.max_num_seqs:
+        notes.append(f"{probed.prompts} prompts do not fill a batch of {job.engine.max_num_seqs}: hours are an upper "
+                     "bound")
     if probed is not None and probed.prompts < min(job.prompts_per_shard, len(read.prompts)):
         notes.append("the probe's shard is smaller than the run's, and compresses a little worse")
     if job.capture.coverage is not None and probed is None:
         notes.append("head entries per row depend on the target; only a probe knows them")
     if longest_is_too_much:
         notes.append("WARNING: the disk is too small should every response reach max_tokens")
-    if memory.fitting_sequences is not None and memory.fitting_sequences < job.max_num_seqs:
+    if memory.fitting_sequences is not None and memory.fitting_sequences < job.engine.max_num_seqs:
         notes.append(f"WARNING: {memory.fitting_sequences} sequences of mean length fit the KV cache, max_num_seqs is "
-                     f"{job.max_num_seqs}: the rest waits")
+                     f"{job.engine.max_num_seqs}: the rest waits")
     return tuple(notes)
 
 
@@ -163,7 +164,8 @@ def _assumed_response(job: Job) -> tuple[float, str]:
 
 
 def _load(job: Job, totals: Totals) -> Load:
-    return Load(totals.token / totals.trace, totals.row / totals.trace, min(job.max_num_seqs, round(totals.trace)))
+    sequences = min(job.engine.max_num_seqs, round(totals.trace))
+    return Load(totals.token / totals.trace, totals.row / totals.trace, sequences)
 
 
 def _plan_bytes(read: Sample, spec: RunSpec) -> int:

@@ -90,7 +90,7 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
 
     if todo:
         cluster = ClusterPlan(model=target.model, revision=target.revision,
-                              workers=min(job.workers, len(todo)), address=job.address, max_num_seqs=job.max_num_seqs)
+                              workers=min(job.workers, len(todo)), address=job.address, engine=job.engine)
         run_on_ray(cluster, run, root, todo, watch)
     return run
 

@@ -12,6 +12,7 @@ import yaml
 from msgspec import Meta, Struct
 
 from distill_pipe.errors import UsageError
+from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.store.spec import CaptureSpec, HiddenCodec, Responses, SamplingSpec
 
 Plain = dict[str, object]
@@ -60,9 +61,9 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_model_len: Annotated[int, Meta(ge=2)] | None = None
     sampling: SamplingSpec = SamplingSpec()
     capture: CaptureOptions = CaptureOptions()
+    engine: EngineOptions = EngineOptions()
     prompts_per_shard: Annotated[int, Meta(ge=1)] = 64
     workers: Annotated[int, Meta(ge=1)] = 1
-    max_num_seqs: Annotated[int, Meta(ge=1)] = 64
     address: str | None = None
 
     @property

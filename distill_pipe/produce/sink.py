@@ -1,22 +1,34 @@
 """The background thread between capture and store: step rows in, committed shards out.
 
-It lives in the engine's worker process, so bulk data never crosses a process. The queue is bounded: when the disk is
-slower than the target, the engine waits instead of memory filling up. A failure of the thread fails the shard it was
-working on, or, outside a shard, every later call; it is never only logged.
+It lives in the engine's worker process, so bulk data never crosses a process. However slow the disk is, memory stays
+bounded: rows that wait are bounded in bytes, and beyond that the engine waits in `add`. Encoded traces are those of
+shards that are open, which the driver bounds, since it opens another only when one is decided. The sink could not: to
+hold the engine back for them would keep their shard from ever becoming whole. Only `add` waits, and only for this
+thread, which waits for nobody but the disk and the device: nothing can lock up.
+
+An error of a shard (no room, rows missing) is that shard's outcome. Nothing of it appears under `data/`, its memory is
+let go, and other shards go on; whether the run does is the driver's decision. Any other error ends the thread and is
+raised by every later call. The trade-off of one thread: a commit that takes longer than the engine needs to fill the
+backlog holds the engine up; `times` tells by how much.
 
 torch, numpy, Parquet and zstd release the GIL for nearly all of the work done here.
 """
 
 import queue
-import threading
-from collections.abc import Callable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import msgspec
 import torch
 
-from distill_pipe.errors import CaptureError, DistillPipeError, NotFiniteError
+from distill_pipe.errors import DistillPipeError, NotFiniteError
 from distill_pipe.produce.assembly import Assembler, FinishedTrace, StepRows
+from distill_pipe.produce.backlog import Backlog
 from distill_pipe.store.commit import commit_shard
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Fragment, Run
@@ -24,7 +36,9 @@ from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
 from distill_pipe.store.sidecar import EncodedTrace
 
-QUEUE_ITEMS = 256
+# Four prefill steps of 4096 tokens of an 8B target (four layers of 4096 bfloat16): copies of the next steps overlap
+# with the assembly of this one, and a short commit does not stop the engine.
+BACKLOG_BYTES = 512 << 20
 
 
 class ShardOutcome(msgspec.Struct, frozen=True, array_like=True):
@@ -36,91 +50,126 @@ class ShardOutcome(msgspec.Struct, frozen=True, array_like=True):
     message: str = ""
 
 
-class ShardSink:
-    """Assembles, encodes and commits on a thread of its own. All public methods are called from the engine's thread."""
+class SinkTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where the time went so far: seconds of CPU that the thread spent on each kind of work (without the threads of
+    Arrow's own, which read back what was written), and seconds that the engine's thread stood still in `add`."""
 
-    def __init__(self, root: LocalRoot, run: Run) -> None:
+    assemble_cpu_seconds: float
+    encode_cpu_seconds: float
+    commit_cpu_seconds: float
+    engine_waited_seconds: float
+
+
+@dataclass(slots=True)
+class _OpenShard:
+    """A shard in the making: what is ready to be written, or why nothing of it will be."""
+
+    traces: list[EncodedTrace] = field(default_factory=list)
+    given_up: list[QuarantinedPrompt] = field(default_factory=list)
+    failure: ShardOutcome | None = None
+
+
+class ShardSink:
+    """Assembles, encodes and commits on a thread of its own. All public methods are called from the engine's thread and
+    raise CaptureError once that thread has died; only `add` can take long."""
+
+    def __init__(self, root: LocalRoot, run: Run, backlog_bytes: int = BACKLOG_BYTES) -> None:
         self._root, self._run = root, run
         self._assembler = Assembler(run.spec.capture.layers)
-        self._traces: dict[int, list[EncodedTrace]] = {}
-        self._quarantined: dict[int, list[QuarantinedPrompt]] = {}
-        self._failed: dict[int, DistillPipeError] = {}
+        self._open: dict[int, _OpenShard] = defaultdict(_OpenShard)
         self._outcomes: queue.SimpleQueue[ShardOutcome] = queue.SimpleQueue()
-        self._items: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=QUEUE_ITEMS)
-        self._broken: BaseException | None = None
-        threading.Thread(target=self._work, name="distill-pipe-sink", daemon=True).start()
+        self._cpu_seconds: defaultdict[str, float] = defaultdict(float)
+        self._backlog = Backlog("distill-pipe-sink", backlog_bytes)
+        # Counts for that thread and those that start later; the engine's own keep theirs. A second OpenMP team beside
+        # the engine's would make both several times slower.
+        self._backlog.put(partial(torch.set_num_threads, 1))
 
-    def add(self, step: Sequence[tuple[int, StepRows]]) -> None:
-        """Queue what a step delivered, as (ordinal, rows) pairs."""
-        self._put(lambda: self._add(step))
+    def add(self, step: Sequence[tuple[int, StepRows]], ready: Callable[[], object] | None = None) -> None:
+        """Queue what a step delivered, as (ordinal, rows) pairs; waits while too much is queued.
+
+        The rows are only borrowed until the thread has copied them. Where they are still being copied from a device,
+        `ready` waits for that; it is called on the thread, before the rows are looked at.
+        """
+        self._backlog.put(partial(self._add, step, ready), sum(_nbytes(rows) for _, rows in step))
 
     def finish(self, shard: int, traces: Sequence[FinishedTrace]) -> None:
         """Queue finished prompts of a shard for assembly and encoding."""
         for done in traces:
-            self._put(partial(self._finish, shard, done))
+            self._backlog.put(partial(self._finish, shard, done))
 
     def commit(self, shard: int, quarantined: Sequence[QuarantinedPrompt]) -> None:
         """Queue the commit of a shard whose prompts are all finished or given up on."""
-        self._put(lambda: self._commit(shard, quarantined))
+        self._backlog.put(partial(self._commit, shard, quarantined))
 
     def outcomes(self) -> list[ShardOutcome]:
-        """Shards decided since the last call.
-
-        Raises:
-            CaptureError: the thread died outside a shard.
-        """
-        self._raise_broken()
+        """Shards decided since the last call, in the order of their commits."""
+        self._backlog.check()
         found = []
         while not self._outcomes.empty():
             found.append(self._outcomes.get())
         return found
 
-    def _put(self, item: Callable[[], None]) -> None:
-        while True:
-            self._raise_broken()
-            try:
-                return self._items.put(item, timeout=1.0)
-            except queue.Full:
-                continue
+    def times(self) -> SinkTimes:
+        """Where the time went since the sink was made."""
+        busy = self._cpu_seconds
+        return SinkTimes(busy["assemble"], busy["encode"], busy["commit"], self._backlog.waited_seconds)
 
-    def _work(self) -> None:
-        # Counts for this thread and those that start later; the engine's own keep theirs. A second OpenMP team beside
-        # the engine's would make both several times slower.
-        torch.set_num_threads(1)
-        while self._broken is None:
-            item = self._items.get()
-            try:
-                item()
-            except BaseException as error:  # noqa: BLE001 - handed to the engine's thread by _raise_broken
-                self._broken = error
-
-    def _raise_broken(self) -> None:
-        if self._broken is not None:
-            raise CaptureError(f"the capture thread died: {self._broken!r}") from self._broken
-
-    def _add(self, step: Sequence[tuple[int, StepRows]]) -> None:
-        for ordinal, rows in step:
-            self._assembler.add(ordinal, rows)
+    def _add(self, step: Sequence[tuple[int, StepRows]], ready: Callable[[], object] | None) -> None:
+        if ready is not None:
+            ready()
+        with self._busy("assemble"):
+            for ordinal, rows in step:
+                self._assembler.add(ordinal, _owned(rows))
 
     def _finish(self, shard: int, done: FinishedTrace) -> None:
+        held = self._open[shard]
+        if held.failure is not None:
+            return self._assembler.drop(done.ordinal)
         try:
-            trace = self._assembler.finish(done)
-            self._traces.setdefault(shard, []).append(encode_trace(trace, self._run.spec.capture.hidden_codec))
+            with self._busy("assemble"):
+                trace = self._assembler.finish(done)
+            with self._busy("encode"):
+                held.traces.append(encode_trace(trace, self._run.spec.capture.hidden_codec))
         except NotFiniteError as error:
-            self._quarantined.setdefault(shard, []).append(
-                QuarantinedPrompt(done.ordinal, done.prompt_id, "not_finite", str(error)))
+            held.given_up.append(QuarantinedPrompt(done.ordinal, done.prompt_id, "not_finite", str(error)))
         except DistillPipeError as error:
-            self._failed.setdefault(shard, error)
+            held.failure = _failure(shard, error)
+            held.traces.clear()
 
     def _commit(self, shard: int, quarantined: Sequence[QuarantinedPrompt]) -> None:
-        traces, given_up = self._traces.pop(shard, []), self._quarantined.pop(shard, [])
+        held = self._open.pop(shard, _OpenShard())
         for prompt in quarantined:
             self._assembler.drop(prompt.ordinal)
+        self._outcomes.put(held.failure or self._written(shard, held.traces, [*quarantined, *held.given_up]))
+
+    def _written(self, shard: int, traces: Sequence[EncodedTrace],
+                 quarantined: Sequence[QuarantinedPrompt]) -> ShardOutcome:
         try:
-            if shard in self._failed:
-                raise self._failed.pop(shard)
-            fragment = commit_shard(self._root, self._run, shard, traces, [*quarantined, *given_up])
+            with self._busy("commit"):
+                return ShardOutcome(shard, commit_shard(self._root, self._run, shard, traces, quarantined))
         except (DistillPipeError, OSError) as error:
-            self._outcomes.put(ShardOutcome(shard, None, type(error).__name__, str(error)))
-        else:
-            self._outcomes.put(ShardOutcome(shard, fragment))
+            return _failure(shard, error)
+
+    @contextmanager
+    def _busy(self, what: Literal["assemble", "encode", "commit"]) -> Iterator[None]:
+        started = time.thread_time()
+        try:
+            yield
+        finally:
+            self._cpu_seconds[what] += time.thread_time() - started
+
+
+def _failure(shard: int, error: Exception) -> ShardOutcome:
+    return ShardOutcome(shard, None, type(error).__name__, str(error))
+
+
+def _nbytes(rows: StepRows) -> int:
+    hidden = 0 if rows.hidden_nLH is None else rows.hidden_nLH.nbytes
+    return hidden + sum(part.nbytes for part in rows.head)
+
+
+def _owned(rows: StepRows) -> StepRows:
+    """The rows in memory of their own: a view would keep its whole step alive until the last prompt of it is finished,
+    and a buffer of the device with it."""
+    hidden_nLH = None if rows.hidden_nLH is None else rows.hidden_nLH.copy()
+    return StepRows(rows.first_position, hidden_nLH, rows.positions_n, tuple(part.copy() for part in rows.head))

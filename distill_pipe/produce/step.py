@@ -4,7 +4,8 @@ A step mixes many requests. Every wanted row of it goes through the target's hea
 step of 64 requests costs a few kernels instead of 64 times a few; a row that the engine sampled from takes the logits
 the engine made. Positions that come again after a preemption are dropped: the first copy counts.
 
-Shapes: n rows of one request in one step, N all rows of a step, R head rows, L layers, H hidden size, V vocabulary.
+Shapes: N all rows of a step, n requests of a step, R head rows, r those that were sampled from, L layers, H hidden
+size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +20,15 @@ from torch import Tensor
 
 from distill_pipe.errors import CaptureError
 from distill_pipe.produce.assembly import StepRows
-from distill_pipe.produce.head import CHUNK_ROWS, head_rows, row_uniforms
+from distill_pipe.produce.head import CHUNK_ROWS, WHOLE, HeadReducer, VocabShard, row_uniforms
+from distill_pipe.produce.offload import to_host
 from distill_pipe.store.spec import CaptureSpec
 
 NO_TOKEN = -1
+# The engine's logits and ours come out of products of different shapes: in bfloat16 they differ by half a unit in the
+# last place of a logit below 64, which is 0.25. Rows of other positions differ by several nats.
+LOGSUMEXP_TOLERANCE = 0.5
+CHECKED_STEPS, CHECKED_ROWS = 4, 8
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True):
@@ -54,21 +60,32 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class CapturedStep:
+    """The rows of a step by ordinal. They may be read once `ready` has returned."""
+
+    rows: list[tuple[int, StepRows]]
+    ready: Callable[[], None] | None
+
+
+@dataclass(frozen=True, slots=True)
 class StepView:
     """One step of either model runner, in batch order: request i computed `lengths[i]` positions from `starts[i]`,
-    which are rows `ends[i] - lengths[i]` to `ends[i]` of the states. `logits` row i is of the request's last row."""
+    which are rows `ends[i] - lengths[i]` to `ends[i]` of the states. The engine sampled `sampled_n[i]` from row i of
+    `logits_nV`, which is the request's last row and has not been changed by the sampler."""
 
     request_ids: list[str]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     hidden_NH: Tensor
     aux: Sequence[Tensor]
-    logits: Tensor | None
+    logits_nV: Tensor
+    sampled_n: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Positions [first, stop) of one request in a step; position p is row p + offset of the step's states."""
+    """Positions [first, stop) of one request in a step; position p is row p + offset of the step's states. Head rows
+    are wanted at `positions`."""
 
     request: Request
     index: int
@@ -85,11 +102,17 @@ class Segment:
 class StepCapture:
     """Picks the wanted rows of each step and reduces them where they are.
 
-    `compute_logits` is the target's head, `[n, H]` states after the final norm to `[n, V]` logits.
+    `compute_logits` is the target's head, `[n, H]` states after the final norm to `[n, V]` logits of the tokens in
+    `shard`. Where several devices run the same step, each computes its part of the rows, and only the one that `ships`
+    returns them.
     """
 
-    def __init__(self, capture: CaptureSpec, seed: int, compute_logits: Callable[[Tensor], Tensor]) -> None:
-        self._capture, self._seed, self._compute_logits = capture, seed, compute_logits
+    def __init__(self, capture: CaptureSpec, seed: int, compute_logits: Callable[[Tensor], Tensor],
+                 shard: VocabShard = WHOLE, *, ships: bool = True) -> None:
+        self._capture, self._seed, self._compute_logits, self._ships = capture, seed, compute_logits, ships
+        self._whole, self._part = HeadReducer(capture), HeadReducer(capture, shard)
+        self._first = shard.first
+        self._steps_to_check = CHECKED_STEPS
         self._requests: dict[str, Request] = {}
 
     def open(self, request_id: str, request: Request) -> None:
@@ -101,61 +124,91 @@ class StepCapture:
         for request_id in request_ids:
             self._requests.pop(request_id, None)
 
-    def step(self, view: StepView) -> list[tuple[int, StepRows]]:
-        """What a step yields, as (ordinal, rows) pairs. Called before sampling: samplers change logits in place.
+    def step(self, view: StepView) -> CapturedStep | None:
+        """What a step yields; None when nothing of it is wanted, or when another device ships it.
 
         Raises:
-            CaptureError: the model does not deliver the hidden states that were asked for.
+            CaptureError: the model does not deliver the hidden states that were asked for, or delivers other rows than
+                the engine samples from.
         """
         if self._capture.layers and len(view.aux) != len(self._capture.layers):
             raise CaptureError(f"the model delivers {len(view.aux)} hidden states, asked for were "
                                f"{len(self._capture.layers)}: it does not support them in this layout")
         segments = list(self._segments(view))
         if not segments:
-            return []
-        hidden_nLH = None
+            return None
+        head = self._head(view, segments)
+        if not self._ships:
+            return None
+        hidden = []
         if self._capture.layers:
-            rows = torch.from_numpy(np.concatenate([s.state_rows for s in segments])).to(view.hidden_NH.device)
-            hidden_nLH = _host(torch.stack([aux_NH[rows] for aux_NH in view.aux], dim=1))
-        return _split(segments, self._head(view, segments), hidden_nLH)
+            rows = _on(view, np.concatenate([s.state_rows for s in segments]))
+            hidden = [torch.stack([aux_NH[rows] for aux_NH in view.aux], dim=1)]
+        host, ready = to_host([*head, *hidden])
+        return CapturedStep(_split(segments, host[:len(head)], host[-1] if hidden else None), ready)
 
     def _segments(self, view: StepView) -> Iterator[Segment]:
-        """The part of the step that is wanted and not captured yet, request by request."""
+        """The part of the step that is wanted and not captured yet, request by request.
+
+        A request that computes nothing new was preempted before its last token reached the scheduler; it samples that
+        token again, so the row comes again with it, and the trace takes the copy whose token was kept.
+        """
         ends = np.cumsum(view.lengths)
         for i, request_id in enumerate(view.request_ids):
             request = self._requests.get(request_id)
             if request is None:
                 continue
             stop = int(view.starts[i] + view.lengths[i])
-            first = max(int(view.starts[i]), request.next_position)
-            if first < stop:
-                request.next_position = stop
-                yield Segment(request, i, first, stop, int(ends[i]) - stop, request.row_positions(first, stop))
+            first = min(max(int(view.starts[i]), request.next_position), stop)
+            positions = request.row_positions(min(first, stop - 1), stop)
+            if first == stop:
+                positions = positions[request.next_tokens(positions) == NO_TOKEN]
+            request.next_position = max(stop, request.next_position)
+            if first < stop or len(positions):
+                yield Segment(request, i, first, stop, int(ends[i]) - stop, positions)
 
-    def _head(self, view: StepView, segments: Sequence[Segment]) -> tuple[NDArray[Any], ...]:
-        """The stored part of every wanted row of the step, in segment order, on the host."""
+    def _head(self, view: StepView, segments: Sequence[Segment]) -> list[Tensor]:
+        """The stored part of every wanted row of the step, in segment order, and the token that the engine sampled
+        from it (NO_TOKEN where the next token was known before)."""
         uniform_R = np.concatenate([row_uniforms(self._seed, s.request.wanted.ordinal, s.positions) for s in segments])
         next_R = np.concatenate([s.request.next_tokens(s.positions) for s in segments])
         state_R = np.concatenate([s.positions + s.offset for s in segments])
-        index_R = np.concatenate([np.full(len(s.positions), s.index) for s in segments])
-        sampled_R = np.concatenate([s.positions == s.stop - 1 for s in segments]) & (view.logits is not None)
-        own, reused = np.flatnonzero(~sampled_R), np.flatnonzero(sampled_R)
-        parts = []
-        for rows in (*_chunks(own), *_chunks(reused)):
-            if view.logits is not None and sampled_R[rows[0]]:
-                logits_RV = view.logits[_on(view, index_R[rows])]
-            else:
-                logits_RV = self._compute_logits(view.hidden_NH[_on(view, state_R[rows])])
-            parts.append(self._reduce(logits_RV, _on(view, uniform_R[rows]), _on(view, next_R[rows])))
-        if not parts:
-            return ()
-        back = np.argsort(np.concatenate([own, reused]))
-        return tuple(_host(torch.cat(tensors))[back] for tensors in zip(*parts, strict=True))
+        last_R = np.concatenate([s.positions == s.stop - 1 for s in segments])
+        own, reused = np.flatnonzero(~last_R), np.flatnonzero(last_R)
+        index_r = _on(view, np.concatenate([np.full(len(s.positions), s.index) for s in segments])[reused])
+        if self._steps_to_check and len(reused):
+            self._check(view, index_r, _on(view, state_R[reused]))
+        parts = [self._own_rows(view, state_R[rows], uniform_R[rows], next_R[rows]) for rows in _chunks(own)]
+        if self._ships and len(reused):
+            parts.append(self._sampled_rows(view, index_r, uniform_R[reused], _on(view, next_R[reused])))
+        if not self._ships or not parts:
+            return []
+        back = _on(view, np.argsort(np.concatenate([own, reused])))
+        return [torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)]
 
-    def _reduce(self, logits_RV: Tensor, uniform_R: Tensor, next_R: Tensor) -> tuple[Tensor, ...]:
-        rows = head_rows(logits_RV, self._capture, uniform_R)
-        chosen_R = logits_RV.gather(1, next_R.clamp(min=0)[:, None]).squeeze(1).float() - rows.logsumexp_R
-        return (*rows.tensors(), torch.where(next_R >= 0, chosen_R, torch.nan))
+    def _own_rows(self, view: StepView, state_R: NDArray[np.int64], uniform_R: NDArray[np.float32],
+                  next_R: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        logits_RV = self._compute_logits(view.hidden_NH[_on(view, state_R)])
+        rows = self._part.rows(logits_RV, _on(view, uniform_R), _on(view, next_R))
+        return (*rows.tensors(), _on(view, np.full(len(state_R), NO_TOKEN)))
+
+    def _sampled_rows(self, view: StepView, index_r: Tensor, uniform_R: NDArray[np.float32],
+                      next_r: Tensor) -> tuple[Tensor, ...]:
+        sampled_r = torch.where(next_r == NO_TOKEN, view.sampled_n[index_r].long(), NO_TOKEN)
+        rows = self._whole.rows(view.logits_nV[index_r], _on(view, uniform_R), torch.maximum(next_r, sampled_r))
+        return (*rows.tensors(), sampled_r)
+
+    def _check(self, view: StepView, index_r: Tensor, state_r: Tensor) -> None:
+        """Compare the engine's own logits with those of the rows that we take for theirs: a shift of one row anywhere
+        between the engine's layout and ours would show. A few steps of each engine are enough."""
+        self._steps_to_check -= 1
+        index_r, state_r = index_r[:CHECKED_ROWS], state_r[:CHECKED_ROWS]
+        ours_rV = self._compute_logits(view.hidden_NH[state_r]).float()
+        theirs_rV = view.logits_nV[index_r, self._first:self._first + ours_rV.shape[1]].float()
+        gap = float((ours_rV.logsumexp(-1) - theirs_rV.logsumexp(-1)).abs().max())
+        if not gap <= LOGSUMEXP_TOLERANCE:
+            raise CaptureError(f"the rows that are captured are not those the engine samples from: their logsumexp "
+                               f"differs by {gap:.2f}; this vLLM lays out its batches in another way")
 
 
 def _chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -164,10 +217,10 @@ def _chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 def _on(view: StepView, array: NDArray[Any]) -> Tensor:
     """An array on the step's device."""
-    return torch.from_numpy(array).to(view.hidden_NH.device)
+    return torch.from_numpy(array).to(view.hidden_NH.device, non_blocking=True)
 
 
-def _split(segments: Sequence[Segment], head: tuple[NDArray[Any], ...],
+def _split(segments: Sequence[Segment], head: Sequence[NDArray[Any]],
            hidden_nLH: NDArray[Any] | None) -> list[tuple[int, StepRows]]:
     """The step's arrays cut into one `StepRows` per request."""
     split, row, state = [], 0, 0
@@ -178,13 +231,3 @@ def _split(segments: Sequence[Segment], head: tuple[NDArray[Any], ...],
         split.append((s.request.wanted.ordinal, StepRows(s.first, hidden, s.positions, fields)))
         row, state = row + rows, state + states
     return split
-
-
-def _host(tensor: Tensor) -> NDArray[Any]:
-    """In host memory, bfloat16 as its bits. The callers pass fresh tensors, so nothing is shared with the engine."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    if tensor.dtype == torch.float16:
-        tensor = tensor.float()
-    return tensor.numpy()

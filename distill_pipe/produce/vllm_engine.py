@@ -1,8 +1,8 @@
 """vLLM as a target engine: the one file that imports vLLM on the driver's side of the engine.
 
 Capture happens in vLLM's worker process (`capture.py`); here are only requests, their results and small control calls.
-Prefix caching is off, since a hit computes no rows; CUDA graphs and compilation stay on except on CPU, where they cost
-more start-up than they win.
+No request reads the prefix cache, since a hit computes no rows; CUDA graphs and compilation stay on except on CPU,
+where they cost more start-up than they win.
 
 Shapes: T tokens.
 """
@@ -17,13 +17,13 @@ import numpy as np
 from distill_pipe.errors import CaptureError, EngineError, EngineStartError
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import EXTRA_ARG
-from distill_pipe.produce.engine import EngineResources, Request, RequestError, Response
+from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Response
 from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.produce.step import NO_TOKEN, Wanted
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
-from distill_pipe.store.spec import EngineSpec
+from distill_pipe.store.spec import EngineSpec, RunSpec
 
 # Enough for 64 sequences of a small model; on CPU vLLM would otherwise take half of the machine's memory.
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -49,7 +49,7 @@ class VllmEngine:
     """A vLLM engine that captures one run. See `TargetEngine` for the contract."""
 
     def __init__(self, model: str, revision: str | None, run: Run, root: LocalRoot,
-                 resources: EngineResources) -> None:
+                 options: EngineOptions) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM
@@ -68,14 +68,10 @@ class VllmEngine:
         try:
             self._engine = LLM(
                 model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
-                max_model_len=spec.engine.max_model_len, max_num_seqs=resources.max_num_seqs,
-                enable_prefix_caching=False, enforce_eager=on_cpu, disable_log_stats=True,
-                # A prompt cut over two steps rewinds its sampling generator, which no CPU generator can do.
-                enable_chunked_prefill=not on_cpu,
-                max_num_batched_tokens=max(CPU_BATCH_TOKENS, spec.engine.max_model_len) if on_cpu else None,
-                kv_cache_memory_bytes=CPU_KV_CACHE_BYTES if on_cpu else None,
+                max_model_len=spec.engine.max_model_len, disable_log_stats=True,
                 worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
-                additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}}).llm_engine
+                additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}},
+                **_arguments(options, spec, on_cpu)).llm_engine
         except CaptureError:
             raise
         except (ValueError, RuntimeError, OSError, NotImplementedError, ImportError) as error:
@@ -122,7 +118,8 @@ class VllmEngine:
             results = self._engine.collective_rpc(method, args=args)
         except self._dead as error:
             raise EngineError(f"the vLLM engine died: {error}") from error
-        return results[0]  # type: ignore[no-any-return]
+        # One of an engine's devices ships what is captured; the others have no answer.
+        return next((result for result in results if result is not None), b"")
 
     def _sampling_params(self, wanted: Wanted, given: bool, prompt_tokens: int) -> object:
         from vllm import SamplingParams
@@ -131,19 +128,30 @@ class VllmEngine:
         extra = {EXTRA_ARG: msgspec.to_builtins(wanted)}
         if given or self._sampling is None:
             return SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args=extra,
-                                  output_kind=RequestOutputKind.FINAL_ONLY)
+                                  skip_reading_prefix_cache=True, output_kind=RequestOutputKind.FINAL_ONLY)
         room = self._run.spec.engine.max_model_len - prompt_tokens
         return SamplingParams(
             temperature=self._sampling.temperature, top_p=self._sampling.top_p,
             max_tokens=min(self._sampling.max_tokens, room), seed=_prompt_seed(self._sampling.seed, wanted.ordinal),
-            logprobs=0, flat_logprobs=True, detokenize=False, extra_args=extra,
+            detokenize=False, extra_args=extra, skip_reading_prefix_cache=True,
             output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def _response(output: object) -> Response:
     done = output.outputs[0]  # type: ignore[attr-defined]
-    logprobs = () if done.logprobs is None else tuple(done.logprobs.logprobs)
-    return Response(int(output.request_id), tuple(done.token_ids), done.finish_reason or "stop", logprobs)  # type: ignore[attr-defined]
+    return Response(int(output.request_id), tuple(done.token_ids), done.finish_reason or "stop")  # type: ignore[attr-defined]
+
+
+def _arguments(options: EngineOptions, spec: RunSpec, on_cpu: bool) -> dict[str, object]:
+    """The options as vLLM's arguments, those not given left out, with what a CPU needs."""
+    given = {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
+    if not on_cpu:
+        return given
+    # A prompt cut over two steps rewinds its sampling generator, which no CPU generator can do.
+    chunked = spec.responses == "corpus" and options.max_num_batched_tokens is not None
+    batch = options.max_num_batched_tokens or max(CPU_BATCH_TOKENS, spec.engine.max_model_len)
+    return {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, **given,
+            "enable_chunked_prefill": chunked, "max_num_batched_tokens": batch}
 
 
 def _prompt_seed(seed: int, ordinal: int) -> int:

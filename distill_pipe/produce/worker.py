@@ -102,7 +102,7 @@ class ShardWorker:
             reason = response.finish_reason
         if response.finish_reason in _WHOLE:
             self._engine.finish(shard, [FinishedTrace(prompt.ordinal, prompt.prompt_id, prompt.domain, reason,
-                                                      token_ids, mask, list(response.next_logprobs))])
+                                                      token_ids, mask)])
         else:
             opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, "engine",
                                                         f"the engine ended with {response.finish_reason!r}"))

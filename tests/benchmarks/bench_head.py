@@ -28,7 +28,7 @@ from torch import Tensor
 from distill_pipe.consume.losses import TailRule, tv_loss
 from distill_pipe.consume.reader import pack
 from distill_pipe.consume.sparse import FlatEntries, SparseTarget
-from distill_pipe.produce.head import HeadRows, head_rows, row_uniforms
+from distill_pipe.produce.head import HeadReducer, HeadRows, row_uniforms
 from distill_pipe.store.manifest import Run, shard_name
 from distill_pipe.store.shard import (
     MAIN_SCHEMA,
@@ -192,19 +192,20 @@ def on_grid(table: pa.Table, traces: Sequence[Trace], steps: int) -> pa.Table:
 def reduced(exact: Sequence[Trace], logits_RV: Tensor, spec: CaptureSpec) -> list[Trace]:
     """The traces with what capture keeps of their logits, not rounded yet."""
     uniform_R = torch.from_numpy(np.concatenate([row_uniforms(0, t.ordinal, t.positions_R) for t in exact]))
-    parts = [head_rows(logits_RV[rows], spec, uniform_R[rows]).tensors() for rows in chunks(len(logits_RV))]
+    next_R = torch.from_numpy(np.concatenate([t.token_ids_T[t.positions_R + 1] for t in exact]).astype(np.int64))
+    reducer = HeadReducer(spec)
+    parts = [reducer.rows(logits_RV[rows], uniform_R[rows], next_R[rows]).tensors() for rows in chunks(len(logits_RV))]
     kept = HeadRows(*(torch.cat(p) for p in zip(*parts, strict=True)))
     starts = np.cumsum([0, *(t.num_rows for t in exact)])
-    return [_with_rows(t, HeadRows(*(part[a:b] for part in kept.tensors())), logits_RV[a:b])
+    return [_with_rows(t, HeadRows(*(part[a:b] for part in kept.tensors())))
             for t, a, b in zip(exact, starts[:-1], starts[1:], strict=True)]
 
 
-def _with_rows(trace: Trace, kept: HeadRows, logits_RV: Tensor) -> Trace:
-    next_R1 = torch.from_numpy(trace.token_ids_T[trace.positions_R + 1].astype(np.int64))[:, None]
+def _with_rows(trace: Trace, kept: HeadRows) -> Trace:
     head_RK, tail_RM = kept.topk_ids_RK >= 0, kept.tail_ids_RM >= 0
     return replace(
         trace, hidden={}, logsumexp_R=kept.logsumexp_R.numpy(), tail_mass_R=kept.tail_mass_R.numpy(),
-        next_logprob_R=(logits_RV.gather(1, next_R1)[:, 0] - kept.logsumexp_R).numpy(),
+        next_logprob_R=kept.next_logprob_R.numpy(),
         topk_counts_R=head_RK.sum(1).int().numpy(), topk_ids_N=kept.topk_ids_RK[head_RK].numpy(),
         topk_logprobs_N=kept.topk_logprobs_RK[head_RK].numpy(),
         tail_counts_R=tail_RM.sum(1).int().numpy(), tail_ids_N=kept.tail_ids_RM[tail_RM].numpy(),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from runs import stored_traces
 
-from distill_pipe.produce.head import head_rows, row_uniforms
+from distill_pipe.produce.head import HeadReducer, row_uniforms
 from distill_pipe.store.card import write_card
 from distill_pipe.store.commit import commit_shard
 from distill_pipe.store.finalize import finalize
@@ -77,16 +77,17 @@ def trace_of(prompt: PlannedPrompt) -> Trace:
     if prompt.ordinal == 0:
         logits_TV[4, 17] = 500.0
     positions_R = np.flatnonzero(mask_T[1:])
-    rows = head_rows(logits_TV[positions_R], CAPTURE, torch.from_numpy(row_uniforms(7, prompt.ordinal, positions_R)))
-    head_RK, tail_RM = rows.topk_ids_RK >= 0, rows.tail_ids_RM >= 0
     tokens_T = random.integers(0, VOCAB, num_tokens).astype(np.int32)
-    next_R1 = torch.from_numpy(tokens_T[positions_R + 1].astype(np.int64))[:, None]
+    rows = HeadReducer(CAPTURE).rows(
+        logits_TV[positions_R], torch.from_numpy(row_uniforms(7, prompt.ordinal, positions_R)),
+        torch.from_numpy(tokens_T[positions_R + 1].astype(np.int64)))
+    head_RK, tail_RM = rows.topk_ids_RK >= 0, rows.tail_ids_RM >= 0
     states = {n: torch.from_numpy(random.normal(0, 1 + n, (num_tokens - 1, WIDTH))).bfloat16() for n in CAPTURE.layers}
     return Trace(
         ordinal=prompt.ordinal, prompt_id=prompt.prompt_id, domain=prompt.domain,
         finish_reason=("stop", "length")[prompt.ordinal % 2], token_ids_T=tokens_T, loss_mask_T=mask_T,
         logsumexp_R=rows.logsumexp_R.numpy(), tail_mass_R=rows.tail_mass_R.numpy(),
-        next_logprob_R=logits_TV[positions_R].log_softmax(1).gather(1, next_R1)[:, 0].numpy(),
+        next_logprob_R=rows.next_logprob_R.numpy(),
         topk_counts_R=head_RK.sum(1).int().numpy(), topk_ids_N=rows.topk_ids_RK[head_RK].numpy(),
         topk_logprobs_N=rows.topk_logprobs_RK[head_RK].numpy(), tail_counts_R=tail_RM.sum(1).int().numpy(),
         tail_ids_N=rows.tail_ids_RM[tail_RM].numpy(), tail_logprobs_N=rows.tail_logprobs_RM[tail_RM].numpy(),
