@@ -16,8 +16,30 @@ import msgspec
 import typer
 from rich.console import Console
 
-from distill_pipe.errors import DamageError, DistillPipeError, UsageError
-from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace, visible
+from distill_pipe.errors import AuditError, DamageError, DistillPipeError, UsageError
+from distill_pipe.options import (
+    Arch,
+    Codec,
+    Corpus,
+    Coverage,
+    JobFile,
+    Json,
+    Layers,
+    Limit,
+    Losses,
+    Out,
+    ReplayDtypes,
+    Root,
+    Settings,
+    TailSamples,
+    Target,
+    TargetFolder,
+    TopK,
+    TopKMax,
+    Workers,
+    Writer,
+)
+from distill_pipe.report_tables import print_audit, print_facts, print_forecast, print_statistics, print_trace, visible
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
@@ -31,54 +53,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Offline target distillation for speculative decoding.")
-
-Root = Annotated[Path, typer.Argument(help="The dataset's folder.", metavar="DIR")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-
-
-class Responses(StrEnum):
-    target = "target"
-    corpus = "corpus"
-
-
-class HiddenCodecs(StrEnum):
-    f32 = "f32"
-    bf16 = "bf16"
-    bf16_split = "bf16-split"
-    fp8 = "fp8"
-    q8 = "q8"
-    q6 = "q6"
-    q5 = "q5"
-
-
-class Losses(StrEnum):
-    kl = "kl"
-    tv = "tv"
-    lk_alpha = "lk-alpha"
-    lk_hybrid = "lk-hybrid"
-
-
-class Arch(StrEnum):
-    eagle3 = "eagle3"
-
-
-# One option per setting that people change most; the rest is --set. `generate` and `plan` share them.
-Target = Annotated[str | None, typer.Option(help="A known target, a local folder, or a hub id.")]
-Corpus = Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet; may be repeated.")]
-Out = Annotated[str | None, typer.Option(help="The dataset's folder; an existing run is continued.")]
-Writer = Annotated[Responses | None, typer.Option(help="Who writes the responses: target (default) or corpus.")]
-TopK = Annotated[int | None, typer.Option(help="Head entries per row [32].")]
-Coverage = Annotated[float | None, typer.Option(help="As many head entries per row as hold this share of the "
-                                                     "probability, in place of --top-k.")]
-TopKMax = Annotated[int | None, typer.Option(help="The most head entries that a row may have with --coverage [256].")]
-TailSamples = Annotated[int | None, typer.Option(help="Samples of the tail per row [8].")]
-Layers = Annotated[str | None, typer.Option(help="Hidden states to keep, e.g. 2,15,27,30; 'none' for none.")]
-Codec = Annotated[HiddenCodecs | None, typer.Option(help="How hidden states are stored [bf16-split].")]
-Workers = Annotated[int | None, typer.Option(help="Engines to run [1].")]
-Limit = Annotated[int | None, typer.Option(help="Take only the first N prompts.")]
-JobFile = Annotated[Path | None, typer.Option(help="A job file (YAML); options go over it.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="One setting of the job, e.g. "
-                                                                  "sampling.max_tokens=64.")]
 
 
 @app.command()
@@ -162,11 +136,35 @@ def inspect(
 
 
 @app.command()
+def audit(
+    root: Root,
+    traces: Annotated[int, typer.Option(help="Traces to replay, spread evenly over the dataset.")] = 16,
+    dtype: Annotated[ReplayDtypes, typer.Option(help="Replay in this dtype.")] = ReplayDtypes.float32,
+    target: TargetFolder = None,
+    max_logprob_error: Annotated[float | None, typer.Option(min=0, help=(
+        "Largest mean error of a stored number beyond rounding, in nats [0.001; 0.25 with bfloat16]."))] = None,
+    max_hidden_error: Annotated[float | None, typer.Option(min=0, help=(
+        "Largest mean relative error of a layer beyond its codec [0.001; 0.05 with bfloat16]."))] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay some traces through Hugging Face transformers and compare. Ends in 8 beyond a limit."""
+    try:
+        from distill_pipe.produce.audit import Limits, audit_dataset
+    except ImportError as error:
+        raise UsageError(f"audit needs torch and transformers: {error}") from None
+    report = audit_dataset(LocalRoot(root), traces, dtype.value, target, Limits(max_logprob_error, max_hidden_error),
+                           lambda found: _say(f"replaying {found} traces in {dtype.value}"))
+    print_audit(report, as_json)
+    if report.exceeded:
+        raise AuditError(f"{root}: {'; '.join(report.exceeded)}")
+
+
+@app.command()
 def train(  # noqa: PLR0913 - one option per setting of a small reference trainer
     root: Root,
     arch: Annotated[Arch, typer.Option(help="The draft's architecture.")] = Arch.eagle3,
     loss: Annotated[Losses, typer.Option(help="The objective.")] = Losses.lk_hybrid,
-    target: Annotated[str | None, typer.Option(help="The target's folder, when its name does not lead there.")] = None,
+    target: TargetFolder = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training split.")] = 2,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Order of batches and initial weights.")] = 0,

@@ -9,7 +9,8 @@
     │   └── EngineStartError    7    the engine cannot be started with this target; trying again would not help
     ├── CaptureError            7    the engine's rows are incomplete or inconsistent; the shard was not written
     │   └── NotFiniteError      7    a value is NaN or infinite; during a run the prompt is quarantined instead
-    └── DamageError             8    `verify`, or a reader, found missing or damaged data
+    ├── DamageError             8    `verify`, or a reader, found missing or damaged data
+    └── AuditError              8    `audit` found rows or states that are not what the target says
 
 A user's mistake ends in one line on stderr and its code, never in a traceback. The trade-off: the code belongs to the
 class, so that a script can act on it, and one class never ends in two codes. All are picklable (Ray ships them between
@@ -69,5 +70,11 @@ class NotFiniteError(CaptureError):
 
 class DamageError(DistillPipeError):
     """Stored data is missing or damaged."""
+
+    exit_code = 8
+
+
+class AuditError(DistillPipeError):
+    """Stored supervision is further from the replayed target than the audit's limits allow."""
 
     exit_code = 8

@@ -14,6 +14,7 @@ from rich.table import Table
 from distill_pipe.store.inspect import InspectedToken
 
 if TYPE_CHECKING:
+    from distill_pipe.produce.audit import AuditReport
     from distill_pipe.produce.forecast import Forecast
     from distill_pipe.produce.memory import Memory
     from distill_pipe.produce.probe import Probe
@@ -73,6 +74,45 @@ def print_trace(rows: Sequence[InspectedToken], decode: Callable[[int], str], or
         table.add_row(str(row.position), decode(row.token_id), "yes" if row.supervised else "", likely,
                       "" if row.tail_mass is None else f"{row.tail_mass:.3f}")
     Console().print(table, highlight=False, markup=False)
+
+
+def print_audit(found: "AuditReport", as_json: bool) -> None:
+    """How far stored rows are from the replayed target."""
+    if as_json:
+        print_facts(found, as_json)
+        return
+    numbers = _figures("stored number", "entries", "mean error", "largest", "rounding", "mean beyond it", "largest")
+    for number in found.numbers:
+        figures = (number.mean, number.max, number.rounding, number.beyond_mean, number.beyond_max)
+        numbers.add_row(number.column, f"{number.entries:,}", *(f"{figure:.2g}" for figure in figures))
+    layers = _figures("layer", "positions", "mean error", "largest", "codec's mean", "codec's largest")
+    for layer in found.layers:
+        figures = (layer.mean, layer.max, layer.codec_mean, layer.codec_max)
+        layers.add_row(str(layer.layer), f"{layer.positions:,}", *(f"{figure:.2%}" for figure in figures))
+    for part in (_pairs(_audit_facts(found)), numbers, *([layers] if found.layers else [])):
+        Console().print(part, highlight=False, markup=False)
+
+
+def _audit_facts(found: "AuditReport") -> dict[str, str]:
+    identity = "" if found.revision_checked else "; its weights could not be identified"
+    nonfinite = (f"{found.nonfinite_rows:,} in rows, {found.nonfinite_states:,} in states, "
+                 f"{found.nonfinite_differences:,} differences")
+    return {
+        "target": f"{found.target}, {found.engine_dtype} in the engine{identity}",
+        "replayed": f"{len(found.ordinals):,} traces, {found.rows:,} rows, in {found.dtype} on {found.device}",
+        "top-1 agreement": f"{found.top1_agreement:.2%}, and {found.top1_ties:.2%} ties",
+        "1 - alpha, mean and largest": f"{found.alpha_drift_mean:.4f}, {found.alpha_drift_max:.4f}",
+        "NaN or infinite": nonfinite,
+        "limits": f"{found.max_logprob_error:.3g} beyond rounding, {found.max_hidden_error:.2%} beyond the codec",
+    }
+
+
+def _figures(name: str, *columns: str) -> Table:
+    table = Table(box=None)
+    table.add_column(name)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def print_forecast(found: "Forecast", as_json: bool) -> None:

@@ -220,8 +220,8 @@ def _deliver_states(worker: CaptureMixin, layers: tuple[int, ...]) -> None:
 
 
 def _receive_states(worker: CaptureMixin) -> None:
-    """Make room for what a pipeline stage gets from the one before it. The V2 runner did so before the model knew of
-    the states to relay; the V1 runner does it while it profiles memory, which it skips where the cache size is given."""
+    """Make room for what a pipeline stage gets from the one before. The V2 runner did so before the model knew of the
+    states to relay; the V1 runner does it while it profiles memory, which it skips where the cache size is given."""
     from vllm.distributed.parallel_state import get_pp_group
 
     runner = worker.model_runner
