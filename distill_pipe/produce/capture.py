@@ -27,7 +27,8 @@ stages, which only some of its models can do: the others are refused.
 Shapes: N all rows of a step, R rows, n columns, H hidden size, V vocabulary (of one device), S devices.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -38,7 +39,7 @@ from torch import Tensor
 from distill_pipe.errors import CaptureError
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.head import WHOLE, VocabShard
-from distill_pipe.produce.sink import ShardSink
+from distill_pipe.produce.sink import ShardSink, SinkTimes
 from distill_pipe.produce.step import Request, StepCapture, StepView, Wanted
 from distill_pipe.store.manifest import FINAL_NORM, Run
 from distill_pipe.store.norm import write_final_norm
@@ -65,6 +66,20 @@ def view_v2(runner: Any, state: Any, logits_nV: Tensor, sampled_n: Tensor) -> St
     lengths = np.diff(batch.query_start_loc_np[:len(ids) + 1]).astype(np.int64)
     starts = np.asarray(batch.num_computed_tokens_np[:len(ids)], np.int64)
     return StepView(ids, starts, lengths, state.hidden_states, state.aux_hidden_states or (), logits_nV, sampled_n)
+
+
+class CaptureTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where the time of capture went: seconds that the engine's thread spent in it (on a GPU, without what the device
+    does meanwhile), and the sink's."""
+
+    step_seconds: float
+    sink: SinkTimes
+
+    @staticmethod
+    def sum(times: "Sequence[CaptureTimes]") -> "CaptureTimes":
+        """All of them together."""
+        parts = zip(*(msgspec.structs.astuple(t.sink) for t in times), strict=True)
+        return CaptureTimes(sum(t.step_seconds for t in times), SinkTimes(*map(sum, parts)))
 
 
 class SamplerTap:
@@ -132,9 +147,11 @@ class CaptureMixin:
         state, self._state = self._state, None
         if state is None or self._step_capture is None:
             return
+        started = time.monotonic()
         view = view_v2 if self.use_v2_model_runner else view_v1
         with torch.inference_mode():
             step = self._step_capture.step(view(self.model_runner, state, logits_nV, sampled_n))
+        self._step_seconds += time.monotonic() - started
         if step is not None and self._sink is not None:
             self._sink.add(step.rows, step.ready)
 
@@ -149,6 +166,7 @@ class CaptureMixin:
         ships = get_tp_group().rank_in_group == 0
         seed = record.spec.sampling.seed if record.spec.sampling else 0
         compute_logits, shard = _own_head(model)
+        self._step_seconds = 0.0
         self._step_capture = StepCapture(record.spec.capture, seed, compute_logits, shard, ships=ships)
         if not ships:
             return
@@ -170,6 +188,12 @@ class CaptureMixin:
     def capture_outcomes(self) -> bytes | None:
         """RPC: shards decided since the last call; None from a device that does not ship."""
         return None if self._sink is None else msgspec.msgpack.encode(self._sink.outcomes())
+
+
+    def capture_times(self) -> bytes | None:
+        """RPC: `CaptureTimes` since the run was opened; None from a device that does not ship."""
+        return None if self._sink is None else msgspec.msgpack.encode(
+            CaptureTimes(self._step_seconds, self._sink.times()))
 
 
 def _is_last_stage() -> bool:

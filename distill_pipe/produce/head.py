@@ -94,34 +94,45 @@ class HeadReducer:
         return HeadRows(*map(torch.cat, zip(*(p.tensors() for p in parts), strict=True)))
 
     def _reduce(self, logits_RV: Tensor, uniform_R: Tensor, next_R: Tensor) -> HeadRows:
-        shard, vocab = self._shard, logits_RV.shape[1]
+        vocab = logits_RV.shape[1]
         weights_RV = self._scratch(logits_RV)
-        top_k = min(self._capture.top_k, vocab)
-        own_R1, best_RG = _weigh(logits_RV, weights_RV[:, :vocab], _groups(vocab, top_k))
-        values_RK, ids_RK = _largest(logits_RV, best_RG, top_k)
-        if shard.gather is not None and top_k < self._capture.top_k:
-            missing = (0, self._capture.top_k - top_k)
+        groups = _groups(vocab, min(self._capture.top_k, vocab))
+        largest_R1, own_lse_R1, best_RG = _weigh(logits_RV, weights_RV[:, :vocab], groups)
+        ids_RK, top_RK, lse_R1 = self._head(logits_RV, best_RG, own_lse_R1)
+        # What is not a head entry of this device clears the spare column.
+        weights_RV.scatter_(1, _local(ids_RK, self._shard, vocab), 0.0)
+        sums_RG = weights_RV.view(len(weights_RV), -1, BLOCK).sum(-1).double()
+        mass_R1 = (sums_RG.sum(1, keepdim=True) * (largest_R1.double() - lse_R1).exp()).float()
+        next_R1 = _logits(logits_RV, _local(next_R[:, None], self._shard, vocab))
+        mass_SR1, next_SR1 = self._shard.all(mass_R1, next_R1)
+        next_logprob_R = torch.where(next_R >= 0, (next_SR1.amax(0) - lse_R1)[:, 0], torch.nan)
+        points_RM = _own_points(mass_SR1.double(), uniform_R, self._capture.tail_samples, self._shard.rank)
+        tail_ids_RM, tail_RM = self._tail(logits_RV, _sample_tail(weights_RV, sums_RG, points_RM))
+        return HeadRows(ids_RK.int(), top_RK, lse_R1[:, 0], mass_SR1.sum(0)[:, 0].clamp(max=1.0), tail_ids_RM,
+                        torch.where(tail_ids_RM >= 0, tail_RM - lse_R1, 0.0), next_logprob_R)
+
+    def _head(self, logits_RV: Tensor, best_RG: Tensor, own_lse_R1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and log-probabilities of the head, and logsumexp, of the whole vocabulary."""
+        top_k = self._capture.top_k
+        values_RK, ids_RK = _largest(logits_RV, best_RG, min(top_k, logits_RV.shape[1]))
+        if values_RK.shape[1] < top_k:
+            # A part of the vocabulary that is smaller than the head offers all it has.
+            missing = (0, top_k - values_RK.shape[1])
             values_RK, ids_RK = pad(values_RK, missing, value=-torch.inf), pad(ids_RK, missing)
-        values_SRK, ids_SRK, lse_SR1 = shard.all(values_RK, ids_RK + shard.first, own_R1)
-        top_RK, ids_RK = _merge(values_SRK, ids_SRK.long(), self._capture.top_k)
-        lse_R1 = lse_SR1.logsumexp(0) if len(lse_SR1) > 1 else own_R1
+        values_SRK, ids_SRK, lse_SR1 = self._shard.all(values_RK, ids_RK + self._shard.first, own_lse_R1)
+        lse_R1 = lse_SR1.logsumexp(0) if len(lse_SR1) > 1 else own_lse_R1
+        top_RK, ids_RK = _merge(values_SRK, ids_SRK.long(), top_k)
         top_RK = top_RK - lse_R1
         if self._capture.coverage is not None:
             ids_RK = torch.where(_needed(top_RK, self._capture.coverage), ids_RK, -1)
-        # What is not a head entry of this device clears the spare column.
-        weights_RV.scatter_(1, _local(ids_RK, shard, vocab), 0.0)
-        sums_RG = weights_RV.view(len(weights_RV), -1, BLOCK).sum(-1).double()
-        mass_R1 = sums_RG.sum(1, keepdim=True) * (values_RK[:, :1].double() - lse_R1).exp()
-        next_R1 = _logits(logits_RV, _local(next_R[:, None], shard, vocab))
-        mass_SR1, next_SR1 = shard.all(mass_R1.float(), next_R1)
-        points_RM = _own_points(mass_SR1.double(), uniform_R, self._capture.tail_samples, shard.rank)
-        tail_ids_RM = _sample_tail(weights_RV, sums_RG, points_RM)
-        tail_RM = _logits(logits_RV, torch.where(tail_ids_RM >= 0, tail_ids_RM, vocab))
-        ids_SRM, tail_SRM = shard.all(torch.where(tail_ids_RM >= 0, tail_ids_RM + shard.first, -1), tail_RM)
-        tail_ids_RM, tail_RM = ids_SRM.amax(0).int(), tail_SRM.amax(0) - lse_R1
-        return HeadRows(ids_RK.int(), top_RK, lse_R1[:, 0], mass_SR1.sum(0)[:, 0].clamp(max=1.0), tail_ids_RM,
-                        torch.where(tail_ids_RM >= 0, tail_RM, 0.0),
-                        torch.where(next_R >= 0, (next_SR1.amax(0) - lse_R1)[:, 0], torch.nan))
+        return ids_RK, top_RK, lse_R1
+
+    def _tail(self, logits_RV: Tensor, columns_RM: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and logits of the samples, each from the device that drew it."""
+        here_RM = columns_RM >= 0
+        logits_RM = _logits(logits_RV, torch.where(here_RM, columns_RM, logits_RV.shape[1]))
+        ids_SRM, logits_SRM = self._shard.all(torch.where(here_RM, columns_RM + self._shard.first, -1), logits_RM)
+        return ids_SRM.amax(0).int(), logits_SRM.amax(0)
 
     def _scratch(self, logits_RV: Tensor) -> Tensor:
         """`[R, V]` of scratch in whole blocks, with at least one spare column; the columns past V are zero."""
@@ -150,21 +161,21 @@ def _groups(vocab: int, top_k: int) -> int:
     return vocab // fits[0] if fits else vocab
 
 
-def _weigh(logits_RV: Tensor, weights_RV: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Each token's probability, in units of the row's likeliest one, into `weights_RV`. Returns logsumexp, `[R, 1]`,
-    and the largest logit of each group, group g being every G-th token from g on: neighbours in memory then go to
-    different groups, which is how maxima are fast."""
+def _weigh(logits_RV: Tensor, weights_RV: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's probability, in units of the row's likeliest one, into `weights_RV`. Returns the largest logit and
+    logsumexp, `[R, 1]`, and the largest of each group, group g being every G-th token from g on: neighbours in memory
+    then go to different groups, which is how maxima are fast."""
     rows = len(logits_RV)
-    lse_R1, best_RG = logits_RV.new_empty(rows, 1), logits_RV.new_empty(rows, groups)
+    largest_R1, lse_R1, best_RG = (logits_RV.new_empty(rows, columns) for columns in (1, 1, groups))
     step = _CACHE_ROWS if logits_RV.device.type == "cpu" else rows
     for first in range(0, rows, step):
         block = slice(first, first + step)
         logits, weights = logits_RV[block], weights_RV[block]
         torch.amax(logits.view(len(logits), -1, groups), 1, out=best_RG[block])
-        largest = best_RG[block].amax(1, keepdim=True)
+        largest = torch.amax(best_RG[block], 1, keepdim=True, out=largest_R1[block])
         torch.sub(logits, largest, out=weights).mul_(_LOG2_E).exp2_()
         lse_R1[block] = largest + weights.sum(1, keepdim=True).log_()
-    return lse_R1, best_RG
+    return largest_R1, lse_R1, best_RG
 
 
 def _largest(logits_RV: Tensor, best_RG: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from distill_pipe.errors import CaptureError, EngineError, EngineStartError
 from distill_pipe.produce.assembly import FinishedTrace
-from distill_pipe.produce.capture import EXTRA_ARG
+from distill_pipe.produce.capture import EXTRA_ARG, CaptureTimes
 from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Response
 from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.produce.step import NO_TOKEN, Wanted
@@ -57,7 +57,6 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._dead = EngineDeadError
-        self._run, self._sampling = run, run.spec.sampling
         on_cpu = current_platform.is_cpu()
         if on_cpu:
             # An engine core in a process of its own spins on a core that the model could use and starts 20 s later.
@@ -77,6 +76,11 @@ class VllmEngine:
         except (ValueError, RuntimeError, OSError, NotImplementedError, ImportError) as error:
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
             raise EngineStartError(f"vLLM cannot run {model}: {' '.join(reason)}") from error
+        self.open(run, root)
+
+    def open(self, run: Run, root: LocalRoot) -> None:
+        """Capture `run` from now on; it may differ from the last one in everything but target, layers and context."""
+        self._run, self._sampling = run, run.spec.sampling
         self._rpc("capture_open", msgspec.json.encode(run), str(root))
 
     def add(self, request: Request) -> None:
@@ -96,7 +100,7 @@ class VllmEngine:
             raise RequestError(str(error)) from error
 
     def step(self) -> list[Response]:
-        if not self._engine.has_unfinished_requests():
+        if not self.busy:
             return []
         try:
             outputs = self._engine.step()
@@ -112,6 +116,32 @@ class VllmEngine:
 
     def outcomes(self) -> list[ShardOutcome]:
         return msgspec.msgpack.decode(self._rpc("capture_outcomes"), type=list[ShardOutcome])
+
+    @property
+    def writes_responses(self) -> bool:
+        """Whether the run's responses are the target's own."""
+        return self._sampling is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are left to run."""
+        return bool(self._engine.has_unfinished_requests())
+
+    def times(self) -> CaptureTimes:
+        """Where the time of capture went since `open`."""
+        return msgspec.msgpack.decode(self._rpc("capture_times"), type=CaptureTimes)
+
+    def add_plain(self, ordinal: int, token_ids: Sequence[int], max_tokens: int) -> None:
+        """Take a request that is run as a captured one would be, and not captured."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        drawn = {"temperature": 0.0} if self._sampling is None else {
+            "temperature": self._sampling.temperature, "top_p": self._sampling.top_p,
+            "seed": _prompt_seed(self._sampling.seed, ordinal)}
+        self._engine.add_request(str(ordinal), {"prompt_token_ids": list(token_ids)}, SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, detokenize=False, skip_reading_prefix_cache=True,
+            output_kind=RequestOutputKind.FINAL_ONLY, **drawn))
 
     def _rpc(self, method: str, *args: object) -> bytes:
         try:
