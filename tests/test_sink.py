@@ -1,10 +1,8 @@
 """Catches memory that fills up behind a slow disk, a failure of the sink that is only logged or takes other shards with
 it, and rows that are read before they have arrived or kept longer than needed.
 
-Real sink, real store, real Parquet; the engine is a list of random traces cut into steps. `python test_sink.py ROOT
-SHARDS` is a process of its own for the memory test: it feeds a disk of 1 MB/s as fast as it may.
-
-Shapes: T tokens, L layers, H hidden size.
+Real sink, real store, real Parquet; the engine is a list of random traces cut into steps. See `feeder.py` for those and
+for the process whose memory is measured.
 """
 
 import errno
@@ -26,16 +24,24 @@ import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from feeder import (
+    DISK_BYTES_PER_SECOND,
+    SHAPE,
+    SLOW_SHARD_BYTES,
+    SlowRoot,
+    decided,
+    finished,
+    rows_of,
+    until,
+    whole_step,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import GENERATE, command, prompt_records, write_corpus
-from tiny_datasets import Shape, random_trace, start_run, trace_from_logits
+from tiny_datasets import Shape, random_trace, start_run
 
 from distill_pipe.errors import CaptureError
-from distill_pipe.produce.assembly import FinishedTrace, StepRows
-from distill_pipe.produce.backlog import Backlog
 from distill_pipe.produce.sink import ShardOutcome, ShardSink
-from distill_pipe.produce.step import NO_TOKEN
 from distill_pipe.store.commit import commit_shard, committed_shards
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Run, ShardInfo
@@ -45,30 +51,7 @@ from distill_pipe.store.shard import QuarantinedPrompt
 from distill_pipe.store.trace import Trace
 from distill_pipe.store.verify import verify
 
-SHAPE = Shape()
-SECONDS = 60
-DISK_BYTES_PER_SECOND = 1_000_000
-
-
-def rows_of(trace: Trace, first: int, stop: int, shape: Shape = SHAPE) -> StepRows:
-    """Positions [first, stop) of a trace as an engine's step delivers them."""
-    inside_R = (trace.positions_R >= first) & (trace.positions_R < stop)
-    by_row = [trace.topk_ids_N.reshape(-1, shape.top_k), trace.topk_logprobs_N.reshape(-1, shape.top_k),
-              trace.logsumexp_R, trace.tail_mass_R, trace.tail_ids_N.reshape(-1, shape.tail_samples),
-              trace.tail_logprobs_N.reshape(-1, shape.tail_samples), trace.next_logprob_R,
-              np.full(trace.num_rows, NO_TOKEN)]
-    head = tuple(part[inside_R] for part in by_row) if inside_R.any() else ()
-    hidden_TLH = np.stack([trace.hidden[n] for n in shape.layers], axis=1)
-    return StepRows(first, hidden_TLH[first:stop], trace.positions_R[inside_R], head)
-
-
-def whole_step(trace: Trace, shape: Shape = SHAPE) -> list[tuple[int, StepRows]]:
-    return [(trace.ordinal, rows_of(trace, 0, trace.num_tokens - 1, shape))]
-
-
-def finished(trace: Trace) -> FinishedTrace:
-    return FinishedTrace(trace.ordinal, trace.prompt_id, trace.domain, trace.finish_reason, trace.token_ids_T.tolist(),
-                         trace.loss_mask_T.tolist())
+FEEDER = [sys.executable, str(Path(__file__).with_name("feeder.py"))]
 
 
 def shard_traces(run: Run, shard: int, shape: Shape = SHAPE) -> list[Trace]:
@@ -81,22 +64,6 @@ def feed(sink: ShardSink, run: Run, shard: int, shape: Shape = SHAPE) -> None:
         sink.add(whole_step(trace, shape))
         sink.finish(shard, [finished(trace)])
     sink.commit(shard, [])
-
-
-def decided(sink: ShardSink, count: int) -> list[ShardOutcome]:
-    """The next `count` outcomes."""
-    found: list[ShardOutcome] = []
-    until(lambda: len(found) >= count or found.extend(sink.outcomes()))
-    assert len(found) == count
-    return found
-
-
-def until(happened: Callable[[], object]) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + SECONDS
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 def described(outcome: ShardOutcome) -> ShardInfo:
@@ -113,73 +80,6 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def root(tmp_path: Path, run: Run) -> LocalRoot:
     return LocalRoot(tmp_path / "out")
-
-
-# A thread and a bound
-
-
-def blocked(call: Callable[[], None]) -> threading.Thread:
-    """A thread that is making a call which does not come back by itself."""
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join(0.2)
-    assert thread.is_alive(), "the call should have waited"
-    return thread
-
-
-def test_a_producer_waits_once_the_bound_is_reached_and_goes_on_when_work_is_done() -> None:
-    backlog, gates, done = Backlog("test", 100), [threading.Event() for _ in range(3)], []
-    for i in range(2):
-        backlog.put(lambda i=i: done.append((i, gates[i].wait(SECONDS))), 50)
-    waiting = blocked(lambda: backlog.put(lambda: done.append((2, gates[2].wait(SECONDS))), 50))
-    gates[0].set()
-    waiting.join(SECONDS)
-    assert not waiting.is_alive()
-    assert 0.1 < backlog.waited_seconds < SECONDS
-    for gate in gates:
-        gate.set()
-    until(lambda: len(done) == 3)
-    assert [i for i, _ in done] == [0, 1, 2]
-
-
-def test_an_item_larger_than_the_bound_passes_alone() -> None:
-    backlog, gate, done = Backlog("test", 100), threading.Event(), []
-    backlog.put(lambda: gate.wait(SECONDS), 1000)
-    waiting = blocked(lambda: backlog.put(lambda: done.append("large"), 1000))
-    assert not done
-    gate.set()
-    waiting.join(SECONDS)
-    until(lambda: done)
-
-
-def test_what_holds_no_memory_never_waits() -> None:
-    backlog, gate, done = Backlog("test", 100), threading.Event(), []
-    backlog.put(lambda: gate.wait(SECONDS), 1000)
-    for i in range(1000):
-        backlog.put(lambda i=i: done.append(i))
-    assert backlog.waited_seconds == 0
-    gate.set()
-    until(lambda: len(done) == 1000)
-    assert done == list(range(1000))
-
-
-def fail(error: BaseException) -> None:
-    raise error
-
-
-def test_a_producer_that_waits_is_woken_when_the_thread_dies() -> None:
-    backlog, gate, caught = Backlog("test", 100), threading.Event(), []
-
-    def put() -> None:
-        with pytest.raises(CaptureError, match=r"the capture thread died: MemoryError\('no room'\)") as error:
-            backlog.put(lambda: caught.append("ran"), 60)
-        caught.append(error.value.__cause__)
-
-    backlog.put(lambda: gate.wait(SECONDS) and fail(MemoryError("no room")), 60)
-    waiting = blocked(put)
-    gate.set()
-    waiting.join(SECONDS)
-    assert [type(c) for c in caught] == [MemoryError]
 
 
 # Steps to shards
@@ -428,27 +328,19 @@ def test_a_dead_thread_is_raised_by_every_later_call(tmp_path: Path, run: Run, c
     assert not verify(root).problems
 
 
+def device_lost() -> None:
+    raise RuntimeError("device lost")
+
+
 def test_a_copy_from_the_device_that_fails_is_raised_by_the_next_call(root: LocalRoot, run: Run) -> None:
     sink = ShardSink(root, run)
-    sink.add(whole_step(random_trace(0)), lambda: fail(RuntimeError("device lost")))
+    sink.add(whole_step(random_trace(0)), device_lost)
     until(lambda: dead(sink))
     with pytest.raises(CaptureError, match="device lost"):
         sink.commit(0, [])
 
 
 # A slow disk
-
-
-class SlowRoot(LocalRoot):
-    """A disk that takes 1 MB/s."""
-
-    def publish(self, source: Path, name: str) -> None:
-        time.sleep(source.stat().st_size / DISK_BYTES_PER_SECOND)
-        super().publish(source, name)
-
-    def create(self, source: Path, name: str) -> bool:
-        time.sleep(source.stat().st_size / DISK_BYTES_PER_SECOND)
-        return super().create(source, name)
 
 
 def test_times_count_the_threads_work_and_not_its_waiting(tmp_path: Path) -> None:
@@ -464,61 +356,19 @@ def test_times_count_the_threads_work_and_not_its_waiting(tmp_path: Path) -> Non
     assert times.engine_waited_seconds == 0
 
 
-# 33 MB of rows per shard, of which 0.6 MB are left on disk, so that many shards pass in little time.
-SLOW_SHAPE = Shape(hidden_size=1024, num_layers=2, layers=(1, 2), hidden_codec="f32")
-SLOW_TOKENS, SLOW_PERIOD, SLOW_BACKLOG_BYTES = 1000, 16, 16 << 20
-SLOW_SHARD_BYTES = SLOW_SHAPE.prompts_per_shard * (SLOW_TOKENS - 1) * 2 * SLOW_SHAPE.hidden_size * 4
-
-
-def slow_trace(ordinal: int) -> Trace:
-    random = np.random.default_rng(ordinal)
-    logits_TV = random.normal(0, 2, (SLOW_TOKENS, SLOW_SHAPE.vocab_size)).astype(np.float32)
-    mask_T = np.arange(SLOW_TOKENS) > SLOW_TOKENS - 50
-    shape = (SLOW_PERIOD, SLOW_SHAPE.hidden_size)
-    hidden = {n: np.resize(random.normal(0, 1, shape).astype(np.float32), (SLOW_TOKENS - 1, shape[1])) for n in (1, 2)}
-    return trace_from_logits(ordinal, random.integers(0, 64, SLOW_TOKENS, np.int32), mask_T, logits_TV, hidden,
-                             SLOW_SHAPE)
-
-
-def memory(field: str) -> int:
-    """Bytes of `VmRSS` or `VmHWM` of this process. Unlike getrusage's, its peak does not start with the parent's."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) << 10
-
-
-def feed_a_slow_disk(out: Path, shards: int) -> dict[str, float]:
-    """Produce shards as fast as the sink takes them, with nobody looking at outcomes meanwhile."""
-    run = start_run(out, shards * SLOW_SHAPE.prompts_per_shard, SLOW_SHAPE)
-    sink = ShardSink(SlowRoot(out), run, SLOW_BACKLOG_BYTES)
-    slow_trace(0)
-    before, started = memory("VmRSS"), time.monotonic()
-    for shard in range(shards):
-        for ordinal in range(*shard_range(run, shard)):
-            trace = slow_trace(ordinal)
-            sink.add(whole_step(trace, SLOW_SHAPE))
-            sink.finish(shard, [finished(trace)])
-        sink.commit(shard, [])
-    produced = time.monotonic() - started
-    assert [o.error for o in decided(sink, shards)] == [""] * shards
-    stored = sum(p.stat().st_size for p in out.rglob("shard-*"))
-    return {"stored": stored, "produced_seconds": produced, "seconds": time.monotonic() - started,
-            "waited_seconds": sink.times().engine_waited_seconds, "peak": memory("VmHWM"), "before": before}
-
-
 def test_a_disk_of_one_megabyte_per_second_slows_the_producer_and_memory_stays_flat(tmp_path: Path) -> None:
     found = {}
-    for shards in (3, 9):
-        line = [sys.executable, __file__, tmp_path / str(shards), str(shards)]
-        done = subprocess.run(line, check=False, capture_output=True, text=True)
+    for shards in (4, 12):
+        done = subprocess.run([*FEEDER, tmp_path / str(shards), str(shards)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[shards] = json.loads(done.stdout)
-        print(shards, "shards:", found[shards])
+        print(f"{shards} shards of {SLOW_SHARD_BYTES >> 20} MiB: {found[shards]}")
         assert verify(LocalRoot(tmp_path / str(shards))).clean
-    few, many = found[3], found[9]
+    few, many = found[4], found[12]
     growth = many["peak"] - few["peak"]
-    assert growth < SLOW_SHARD_BYTES / 2, f"the peak grew by {growth >> 20} MiB over six more shards"
+    assert growth < 2 * SLOW_SHARD_BYTES, f"the peak grew by {growth >> 20} MiB over eight more shards"
     # All but the shard being committed and what fits the backlog had to be on disk before the producer could go on.
-    on_disk = many["stored"] * 7 / 9 / DISK_BYTES_PER_SECOND
+    on_disk = many["stored"] * 10 / 12 / DISK_BYTES_PER_SECOND
     assert many["produced_seconds"] > on_disk
     assert many["waited_seconds"] > on_disk / 2
 
@@ -554,7 +404,3 @@ def test_a_disk_that_fills_up_during_a_run_ends_it_with_whole_shards_only(small_
     assert 1 < report.shards_found < report.shards
     assert (report.problems, report.orphans, report.traces) == ((), (), report.shards_found)
     assert not [p for p in (root.path / SCRATCH).rglob("*") if p.is_file()]
-
-
-if __name__ == "__main__":
-    print(json.dumps(feed_a_slow_disk(Path(sys.argv[1]), int(sys.argv[2]))))

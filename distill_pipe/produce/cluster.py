@@ -18,6 +18,7 @@ import msgspec
 
 from distill_pipe.errors import (
     CaptureError,
+    DamageError,
     DistillPipeError,
     EngineError,
     EngineStartError,
@@ -33,7 +34,7 @@ SHARDS_IN_FLIGHT = 2
 POLL_SECONDS = 1.0
 DEATHS_WITHOUT_PROGRESS = 3
 _OBJECT_STORE_BYTES = 100 << 20
-_SHARD_ERRORS = {e.__name__: e for e in (CaptureError, MismatchError, StorageFullError)}
+_SHARD_ERRORS = {e.__name__: e for e in (CaptureError, DamageError, MismatchError, StorageFullError)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,11 +145,11 @@ class HeadReducer:
         return self._weights_BV[:rows]
 
 
-def row_uniforms(seed: int, ordinal: int, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
+def row_uniforms(seed: int, ordinal: int | NDArray[np.int64], positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
     """One number in [0, 1) per row: a splitmix64 hash of (seed, ordinal, position), the upper 24 bits."""
     with np.errstate(over="ignore"):
         state = mix(np.array([seed % 2**64], np.uint64))
-        state = mix(state ^ np.uint64(ordinal))
+        state = mix(state ^ np.asarray(ordinal).astype(np.uint64))
         bits_R = mix(state ^ positions_R.astype(np.uint64))
     return (bits_R >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 

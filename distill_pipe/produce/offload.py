@@ -28,7 +28,8 @@ def to_host(tensors: Sequence[Tensor]) -> tuple[list[NDArray[Any]], Callable[[],
         for tensor in tensors:
             # Its memory must not be given to the engine's stream before the copy is done.
             tensor.record_stream(side)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        # The thread that waits for it sleeps; by default it would spin on a core.
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # torch leaves it untyped
         done.record(side)
     return [_array(c) for c in copies], done.synchronize
 

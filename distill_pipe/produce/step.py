@@ -55,6 +55,8 @@ class Request:
 
     def next_tokens(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The token after each position, NO_TOKEN where it is not known yet."""
+        if len(positions) and positions[0] >= len(self.prompt_ids):
+            return np.full(len(positions), NO_TOKEN)
         known = np.append(self.prompt_ids, self.wanted.last_token)
         return np.where(positions + 1 < len(known), known[np.minimum(positions + 1, len(known) - 1)], NO_TOKEN)
 
@@ -170,12 +172,15 @@ class StepCapture:
     def _head(self, view: StepView, segments: Sequence[Segment]) -> list[Tensor]:
         """The stored part of every wanted row of the step, in segment order, and the token that the engine sampled
         from it (NO_TOKEN where the next token was known before)."""
-        uniform_R = np.concatenate([row_uniforms(self._seed, s.request.wanted.ordinal, s.positions) for s in segments])
+        counts = [len(s.positions) for s in segments]
+        positions_R = np.concatenate([s.positions for s in segments])
+        ordinal_R, offset_R, stop_R, index_R = np.repeat(
+            [(s.request.wanted.ordinal, s.offset, s.stop, s.index) for s in segments], counts, axis=0).T
+        uniform_R = row_uniforms(self._seed, ordinal_R, positions_R)
         next_R = np.concatenate([s.request.next_tokens(s.positions) for s in segments])
-        state_R = np.concatenate([s.positions + s.offset for s in segments])
-        last_R = np.concatenate([s.positions == s.stop - 1 for s in segments])
+        state_R, last_R = positions_R + offset_R, positions_R == stop_R - 1
         own, reused = np.flatnonzero(~last_R), np.flatnonzero(last_R)
-        index_r = _on(view, np.concatenate([np.full(len(s.positions), s.index) for s in segments])[reused])
+        index_r = _on(view, index_R[reused])
         if self._steps_to_check and len(reused):
             self._check(view, index_r, _on(view, state_R[reused]))
         parts = [self._own_rows(view, state_R[rows], uniform_R[rows], next_R[rows]) for rows in _chunks(own)]
@@ -195,7 +200,10 @@ class StepCapture:
     def _sampled_rows(self, view: StepView, index_r: Tensor, uniform_R: NDArray[np.float32],
                       next_r: Tensor) -> tuple[Tensor, ...]:
         sampled_r = torch.where(next_r == NO_TOKEN, view.sampled_n[index_r].long(), NO_TOKEN)
-        rows = self._whole.rows(view.logits_nV[index_r], _on(view, uniform_R), torch.maximum(next_r, sampled_r))
+        # In a step of decoding, all rows of the logits are wanted as they are: a copy would be as large as they are.
+        every = len(index_r) == len(view.logits_nV)
+        logits_rV = view.logits_nV if every else view.logits_nV[index_r]
+        rows = self._whole.rows(logits_rV, _on(view, uniform_R), torch.maximum(next_r, sampled_r))
         return (*rows.tensors(), sampled_r)
 
     def _check(self, view: StepView, index_r: Tensor, state_r: Tensor) -> None:

@@ -52,6 +52,8 @@ class VllmEngine:
                  options: EngineOptions) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # A worker that waits for a slow disk is no dead worker, which vLLM would take it for after five minutes.
+        os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "86400")
         from vllm import LLM
         from vllm.platforms import current_platform
         from vllm.v1.engine.exceptions import EngineDeadError
