@@ -17,6 +17,7 @@ from runs import LONG_PROMPT, PROMPTS, prompt_records, succeed, write_corpus
 
 from distill_pipe.errors import EngineError, StorageFullError, UsageError
 from distill_pipe.produce import forecast as forecast_module
+from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.forecast import forecast
 from distill_pipe.produce.job import Job, load_job
 from distill_pipe.produce.memory import GIB, Device, Load, Memory, find_device, plan_memory
@@ -139,8 +140,9 @@ def test_without_hidden_states_no_codec_is_offered() -> None:
 
 
 def memory_of(folder: Path, spec: RunSpec, config: dict[str, object], tensors: dict[str, object],
-              device: Device) -> Memory:
-    return plan_memory(tiny_target(folder, spec, config, tensors), spec, Load(100.0, 50.0, 8), 1, device)
+              device: Device, options: EngineOptions | None = None) -> Memory:
+    return plan_memory(tiny_target(folder, spec, config, tensors), spec, Load(100.0, 50.0, 8), 1, device,
+                       options or EngineOptions())
 
 
 UNKNOWN = Device(kind="unknown")
@@ -151,6 +153,27 @@ def test_the_cache_holds_keys_and_values_of_every_layer(tmp_path: Path) -> None:
     found = memory_of(tmp_path, run_spec(), GROUPED, {"a": tensor("BF16", 0, 64)}, UNKNOWN)
     assert found.kv_per_token == 2 * 4 * 2 * 32 * 2
     assert (found.kv_batch, found.kv_least) == (1024 * 100 * 8, 1024 * 24)
+
+
+@pytest.mark.parametrize(("tensor_parallel", "copies"), [(1, 1), (2, 1), (8, 4)])
+def test_devices_beyond_the_heads_repeat_keys_and_values(tmp_path: Path, tensor_parallel: int, copies: int) -> None:
+    options = EngineOptions(tensor_parallel_size=tensor_parallel)
+    found = memory_of(tmp_path, run_spec(), GROUPED, {"a": tensor("BF16", 0, 64)}, UNKNOWN, options)
+    assert (found.devices_per_engine, found.kv_per_token) == (tensor_parallel, copies * 2 * 4 * 2 * 32 * 2)
+
+
+def test_a_target_too_large_for_one_device_fits_on_four(tmp_path: Path) -> None:
+    device, weights = Device(kind="gpu", bytes=GIB, source="given"), {"a": tensor("BF16", 0, 2 * GIB)}
+    for name in ("one", "two", "four"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match="does not fit"):
+        memory_of(tmp_path / "one", run_spec(), GROUPED, weights, device)
+    with pytest.raises(UsageError, match=r"GiB on each of 2 devices \(given\)"):
+        memory_of(tmp_path / "two", run_spec(), GROUPED, weights, device, EngineOptions(tensor_parallel_size=2))
+    found = memory_of(tmp_path / "four", run_spec(), GROUPED, weights, device,
+                      EngineOptions(tensor_parallel_size=2, pipeline_parallel_size=2))
+    assert found.fitting_sequences is not None
+    assert found.fitting_sequences > 0
 
 
 def test_latent_attention_keeps_one_vector_per_layer(tmp_path: Path) -> None:
@@ -174,7 +197,7 @@ def test_weights_of_a_hub_model_come_from_its_index_or_from_its_config(tmp_path:
 
 def test_capture_holds_a_chunk_of_logits_and_the_states_of_a_step(tmp_path: Path) -> None:
     found = memory_of(tmp_path, run_spec(), GROUPED, {"a": tensor("BF16", 0, 64)}, Device(kind="gpu", bytes=80 * GIB))
-    assert found.capture == 256 * 1000 * (3 * 4 + 2) + 2 * 16384 * 2 * 16 * 2
+    assert found.capture == 256 * 1000 * (2 * 4 + 2) + 2 * 16384 * 2 * 16 * 2
 
 
 def test_a_target_larger_than_its_gpu_is_refused_with_the_numbers(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.engine
 LOGPROB, RELATIVE = 2e-4, 2e-5
 EXACT = ("--hidden-codec", "f32", "--set", "capture.logprob_bits=24", "--set", "dtype=float32")
 # Long enough to be cut at 64 and at 200 tokens, and the same up to their ends, which is what a prefix cache shares.
-STORY = ("The keeper of the lighthouse counted the ships that passed, wrote each name into a book with a blue cover, and "
-         "lit the lamp when the sun went down behind the hills. ") * 5
+STORY = ("The keeper of the lighthouse counted the ships that passed, wrote each name into a book with a blue cover, "
+         "and lit the lamp when the sun went down behind the hills. ") * 5
 ANSWERS = [{"messages": [{"role": "user", "content": STORY + f"What happened on day {i}?"},
                          {"role": "assistant", "content": f"On day {i} the sea was calm. " + STORY[:60 * i]}]}
            for i in range(1, 6)]
@@ -123,8 +123,8 @@ def test_a_vocabulary_over_two_devices_gives_the_same_rows(tmp_path: Path, respo
     ("engine.kv_cache_memory_bytes=1000", "vLLM cannot run"),
 ])
 def test_a_layout_that_the_engine_cannot_have_is_one_line(tmp_path, answers, setting: str, reason: str) -> None:
-    done = command("generate", "--target", "smollm2-135m", "--corpus", answers, "--out", tmp_path / "out", "--responses",
-                   "corpus", "--set", setting)
+    done = command("generate", "--target", "smollm2-135m", "--corpus", answers, "--out", tmp_path / "out",
+                   "--responses", "corpus", "--set", setting)
     assert done.returncode == 7
     assert reason in done.stderr
     assert "Traceback" not in done.stderr

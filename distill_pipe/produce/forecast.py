@@ -85,7 +85,7 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
     totals, engines = read.totals(spec, response), min(job.workers, spec.num_shards)
     device, probed, rates = find_device(gpu_memory, job.address), None, usual_rates(spec, read, totals)
     # Before a probe too: a target that cannot fit should not be loaded to find out.
-    memory = plan_memory(target, spec, _load(job, totals), engines, device)
+    memory = plan_memory(target, spec, _load(job, totals), engines, device, job.engine)
     if probe:
         wanted = set(evenly(spec.corpus.prompts, probe))
         prompts = [p for p in read_prompts(job.corpus_files, job.responses, job.limit) if p.ordinal in wanted]
@@ -93,7 +93,7 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
         if job.responses == "target":
             response, source = probed.rows / probed.traces, "the probe"
             totals = read.totals(spec, response)
-            memory = plan_memory(target, spec, _load(job, totals), engines, device)
+            memory = plan_memory(target, spec, _load(job, totals), engines, device, job.engine)
         probed = replace(probed, hours=totals.token / probed.tokens_per_second / engines / 3600)
     cost = cost_of(rates, totals, spec, _plan_bytes(read, spec))
     longest = cost_of(rates, read.totals(spec, job.sampling.max_tokens), spec, cost.plan)

@@ -2,8 +2,8 @@
 
 Nothing is loaded and no engine is asked, so the figures are sums with stated assumptions, not measurements:
 activations, graphs and the engine's own workspace are not counted. The trade-off: a layout that is refused here cannot
-work; one that passes by a few percent still may not. One device per engine, because capture refuses tensor and pipeline
-parallel engines.
+work; one that passes by a few percent still may not. Weights and cache are taken to be split evenly over the devices of
+an engine, which the first and the last pipeline stage, with embeddings and head, are not quite.
 
 Shapes: R head rows of a chunk, V vocabulary, L layers, H hidden size.
 """
@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.cluster import SHARDS_IN_FLIGHT
+from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.head import CHUNK_ROWS
 from distill_pipe.produce.targets import Target
 from distill_pipe.produce.vllm_engine import CPU_BATCH_TOKENS, CPU_KV_CACHE_BYTES
@@ -28,8 +29,8 @@ from distill_pipe.store.spec import RunSpec
 # What vLLM takes of a GPU by default (`gpu_memory_utilization`), and the most tokens of one of its steps there.
 GPU_SHARE, GPU_BATCH_TOKENS = 0.92, 16384
 GIB = 1 << 30
-# Logits as the target makes them, a float32 copy, probabilities, and probabilities padded to whole blocks; see `head`.
-_FLOAT32_COPIES = 3
+# Logits as the target makes them, a float32 copy, and their weights in whole blocks; see `head`.
+_FLOAT32_COPIES = 2
 _WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 100 << 20
@@ -44,8 +45,9 @@ class Device(Struct, frozen=True, kw_only=True):
 
 
 class Memory(Struct, frozen=True, kw_only=True):
-    """What one engine holds, in bytes. `kv_batch` is for as many sequences of mean length as run at once, `kv_least`
-    for one of the largest; `fitting_sequences` is how many of mean length fit, where the device is known."""
+    """What one engine holds, in bytes, over all its devices; the cache counts as often as devices repeat it. `kv_batch`
+    is for as many sequences of mean length as run at once, `kv_least` for one of the largest; `fitting_sequences` is
+    how many of mean length fit, where the device is known. `capture` is on one device."""
 
     engines: int
     devices_per_engine: int
@@ -104,7 +106,8 @@ def find_device(gpu_memory: float | None, address: str | None) -> Device:
                   source="this machine's memory")
 
 
-def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device: Device) -> Memory:
+def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device: Device,
+                options: EngineOptions) -> Memory:
     """What each engine needs.
 
     Raises:
@@ -112,12 +115,13 @@ def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device:
     """
     config, width = _config(target.folder), _WIDTH[spec.target.dtype]
     weights, weights_from = _weights(target, config, width)
-    per_token = _kv_per_token(config, spec, width)
+    per_token = _kv_per_token(config, spec, width) * _kv_copies(config, options)
     memory = Memory(
-        engines=engines, devices_per_engine=1, dtype=spec.target.dtype, weights=weights, weights_from=weights_from,
-        kv_per_token=per_token, kv_batch=round(per_token * load.tokens * load.sequences),
-        kv_least=per_token * spec.engine.max_model_len, capture=_capture(spec, width, device.kind),
-        host=_host(spec, load, width), device=device, fitting_sequences=None, assumptions=_assumptions(device.kind))
+        engines=engines, devices_per_engine=options.devices, dtype=spec.target.dtype, weights=weights,
+        weights_from=weights_from, kv_per_token=per_token,
+        kv_batch=round(per_token * load.tokens * load.sequences), kv_least=per_token * spec.engine.max_model_len,
+        capture=_capture(spec, width, device.kind, options), host=_host(spec, load, width), device=device,
+        fitting_sequences=None, assumptions=_assumptions(device.kind, options))
     if device.bytes is None:
         return memory
     room = _kv_room(memory, device.bytes)
@@ -127,17 +131,18 @@ def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device:
 
 
 def _kv_room(memory: Memory, total: int) -> int:
-    """Bytes that are left for the KV cache; less than 0 when not even the rest fits. On a GPU capture may use what the
-    engine leaves alone, and takes from the cache only beyond that."""
+    """Bytes that are left for the KV cache on all devices of an engine; less than 0 when not even the rest fits. On a
+    GPU capture may use what the engine leaves alone, and takes from the cache only beyond that."""
     if memory.device.kind == "cpu":
         return min(CPU_KV_CACHE_BYTES, total // memory.engines - memory.weights - memory.capture - memory.host)
     alone = int(total * (1 - GPU_SHARE))
-    return int(total * GPU_SHARE) - memory.weights - max(memory.capture - alone, 0)
+    return (int(total * GPU_SHARE) - max(memory.capture - alone, 0)) * memory.devices_per_engine - memory.weights
 
 
 def _refusal(memory: Memory, spec: RunSpec, room: int, total: int) -> str:
     on_cpu = memory.device.kind == "cpu"
-    of = f"of {'' if on_cpu else f'{GPU_SHARE:.0%} of '}{total / GIB:.2f} GiB ({memory.device.source})"
+    each = "" if on_cpu or memory.devices_per_engine == 1 else f" on each of {memory.devices_per_engine} devices"
+    of = f"of {'' if on_cpu else f'{GPU_SHARE:.0%} of '}{total / GIB:.2f} GiB{each} ({memory.device.source})"
     parts = [f"{memory.weights / GIB:.2f} GiB of {memory.dtype} weights", f"{memory.capture / GIB:.2f} GiB to capture"]
     if on_cpu:
         parts.append(f"{memory.host / GIB:.2f} GiB for shards in flight")
@@ -148,15 +153,20 @@ def _refusal(memory: Memory, spec: RunSpec, room: int, total: int) -> str:
             f"{spec.engine.max_model_len} tokens needs {memory.kv_least / GIB:.2f} GiB of KV cache; {fix}")
 
 
-def _assumptions(kind: str) -> tuple[str, ...]:
+def _assumptions(kind: str, options: EngineOptions) -> tuple[str, ...]:
     share = (f"the engine takes {GPU_SHARE:.0%} of a GPU; activations and graphs are not counted" if kind != "cpu" else
              f"the engine's KV cache is {CPU_KV_CACHE_BYTES / GIB:.0f} GiB on a CPU; activations are not counted")
-    return ("one device per engine", share, "every layer attends to all tokens (sliding windows need less)")
+    layout = ("one device per engine" if options.devices == 1 else
+              f"weights and cache are split evenly over {options.devices} devices")
+    return (layout, share, "every layer attends to all tokens (sliding windows need less)")
 
 
-def _capture(spec: RunSpec, width: int, kind: str) -> int:
-    """Copies of a chunk of logits, and the hidden states of the largest step, as delivered and as picked."""
-    chunk = CHUNK_ROWS * spec.target.vocab_size * (4 * _FLOAT32_COPIES + width)
+def _capture(spec: RunSpec, width: int, kind: str, options: EngineOptions) -> int:
+    """Copies of a chunk of logits of one part of the vocabulary, of float32 logits that are sampled from, and the
+    hidden states of the largest step, as delivered and as picked."""
+    chunk = CHUNK_ROWS * -(-spec.target.vocab_size // options.tensor_parallel_size) * (4 * _FLOAT32_COPIES + width)
+    if width == _WIDTH["float32"]:
+        chunk += options.max_num_seqs * spec.target.vocab_size * width
     tokens = max(CPU_BATCH_TOKENS, spec.engine.max_model_len) if kind == "cpu" else GPU_BATCH_TOKENS
     return chunk + 2 * tokens * len(spec.capture.layers) * spec.target.hidden_size * width
 
@@ -176,6 +186,13 @@ def _kv_per_token(config: _Config, spec: RunSpec, width: int) -> int:
     heads = config.num_attention_heads or 1
     head_dim = config.head_dim or spec.target.hidden_size // heads
     return 2 * spec.target.num_layers * (config.num_key_value_heads or heads) * head_dim * width
+
+
+def _kv_copies(config: _Config, options: EngineOptions) -> int:
+    """How many devices hold the same keys and values: tensor parallelism splits their heads, as far as there are any,
+    and repeats a compressed vector."""
+    heads = 1 if config.kv_lora_rank is not None else config.num_key_value_heads or config.num_attention_heads or 1
+    return -(-options.tensor_parallel_size // heads)
 
 
 def _weights(target: Target, config: _Config, width: int) -> tuple[int, str]:
