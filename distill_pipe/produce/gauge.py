@@ -121,15 +121,15 @@ def capture_all(engine: VllmEngine, renderer: Renderer, run: Run, root: LocalRoo
         progress = worker.advance([], 0.5)
 
 
-def run_plain(engine: RecordingEngine) -> float:
-    """Seconds to run what was captured last once more, without capture."""
+def run_plain(engine: RecordingEngine, logprobs: int | None = None, prompt_logprobs: int | None = None) -> float:
+    """Seconds to run what was captured last once more, without capture; with vLLM's own log-probabilities if asked."""
     started = time.monotonic()
     for done in engine.finished:
         first = done.loss_mask.index(True)
         if engine.writes_responses:
-            engine.add_plain(done.ordinal, done.token_ids[:first], len(done.token_ids) - first)
+            engine.add_plain(done.ordinal, done.token_ids[:first], len(done.token_ids) - first, logprobs)
         else:
-            engine.add_plain(done.ordinal, done.token_ids[:-1], 1)
+            engine.add_plain(done.ordinal, done.token_ids[:-1], 1, prompt_logprobs=prompt_logprobs)
     while engine.busy:
         engine.step()
     return time.monotonic() - started

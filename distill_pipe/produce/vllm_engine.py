@@ -133,8 +133,10 @@ class VllmEngine:
         """Where the time of capture went since `open`."""
         return msgspec.msgpack.decode(self._rpc("capture_times"), type=CaptureTimes)
 
-    def add_plain(self, ordinal: int, token_ids: Sequence[int], max_tokens: int) -> None:
-        """Take a request that is run as a captured one would be, and not captured."""
+    def add_plain(self, ordinal: int, token_ids: Sequence[int], max_tokens: int, logprobs: int | None = None,
+                  prompt_logprobs: int | None = None) -> None:
+        """Take a request that is run as a captured one would be, and not captured. For comparison vLLM can report its
+        own log-probabilities."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -143,6 +145,7 @@ class VllmEngine:
             "seed": _prompt_seed(self._sampling.seed, ordinal)}
         self._engine.add_request(str(ordinal), {"prompt_token_ids": list(token_ids)}, SamplingParams(
             max_tokens=max_tokens, ignore_eos=True, detokenize=False, skip_reading_prefix_cache=True,
+            logprobs=logprobs, prompt_logprobs=prompt_logprobs, flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY, **drawn))
 
     def _rpc(self, method: str, *args: object) -> bytes:

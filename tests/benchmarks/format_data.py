@@ -65,9 +65,9 @@ def captured(factory: pytest.TempPathFactory) -> Captured:
 @lru_cache(maxsize=1)
 def _make(folder: Path) -> Captured:
     folder.mkdir()
-    demo = _demo()
-    corpus = write_corpus(folder / "prompts.jsonl", [*islice(demo.chat_prompts(), _CHAT),
-                                                     *islice(demo.code_prompts(), _CODE)])
+    source = demo()
+    corpus = write_corpus(folder / "prompts.jsonl", [*islice(source.chat_prompts(), _CHAT),
+                                                     *islice(source.code_prompts(), _CODE)])
     succeed("generate", "--target", "smollm2-135m", "--corpus", corpus, "--out", folder / "out",
             "--layers", ",".join(map(str, LAYERS)), "--hidden-codec", "f32", "--set", "capture.logprob_bits=24",
             "--set", "sampling.max_tokens=128")
@@ -101,7 +101,7 @@ def machine() -> str:
                       *(f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts)])
 
 
-def _demo() -> ModuleType:
+def demo() -> ModuleType:
     """The demo, for its prompts; it is a script and no part of the package."""
     path = Path(__file__).parents[2] / "jobs" / "demo.py"
     spec = importlib.util.spec_from_file_location("demo", path)
