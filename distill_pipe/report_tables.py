@@ -14,7 +14,7 @@ from rich.table import Table
 from distill_pipe.store.inspect import InspectedToken
 
 if TYPE_CHECKING:
-    from distill_pipe.produce.audit import AuditReport
+    from distill_pipe.produce.comparison import AuditReport
     from distill_pipe.produce.forecast import Forecast
     from distill_pipe.produce.memory import Memory
     from distill_pipe.produce.probe import Probe
@@ -83,28 +83,32 @@ def print_audit(found: "AuditReport", as_json: bool) -> None:
         return
     numbers = _figures("stored number", "entries", "mean error", "largest", "rounding", "mean beyond it", "largest")
     for number in found.numbers:
-        figures = (number.mean, number.max, number.rounding, number.beyond_mean, number.beyond_max)
-        numbers.add_row(number.column, f"{number.entries:,}", *(f"{figure:.2g}" for figure in figures))
+        numbers.add_row(number.column, f"{number.entries:,}", *_short(
+            number.mean, number.max, number.rounding, number.beyond_mean, number.beyond_max))
     layers = _figures("layer", "positions", "mean error", "largest", "codec's mean", "codec's largest")
     for layer in found.layers:
-        figures = (layer.mean, layer.max, layer.codec_mean, layer.codec_max)
-        layers.add_row(str(layer.layer), f"{layer.positions:,}", *(f"{figure:.2%}" for figure in figures))
+        layers.add_row(str(layer.layer), f"{layer.positions:,}", *_short(
+            layer.mean, layer.max, layer.codec_mean, layer.codec_max))
     for part in (_pairs(_audit_facts(found)), numbers, *([layers] if found.layers else [])):
         Console().print(part, highlight=False, markup=False)
 
 
 def _audit_facts(found: "AuditReport") -> dict[str, str]:
-    identity = "" if found.revision_checked else "; its weights could not be identified"
     nonfinite = (f"{found.nonfinite_rows:,} in rows, {found.nonfinite_states:,} in states, "
                  f"{found.nonfinite_differences:,} differences")
     return {
-        "target": f"{found.target}, {found.engine_dtype} in the engine{identity}",
+        "target": f"{found.target}, {found.engine_dtype} in the engine",
+        "weights": "those of the dataset" if found.revision_checked else "a commit beside a folder: not identified",
         "replayed": f"{len(found.ordinals):,} traces, {found.rows:,} rows, in {found.dtype} on {found.device}",
         "top-1 agreement": f"{found.top1_agreement:.2%}, and {found.top1_ties:.2%} ties",
         "1 - alpha, mean and largest": f"{found.alpha_drift_mean:.4f}, {found.alpha_drift_max:.4f}",
         "NaN or infinite": nonfinite,
-        "limits": f"{found.max_logprob_error:.3g} beyond rounding, {found.max_hidden_error:.2%} beyond the codec",
+        "limits": f"{found.max_logprob_error:.3g} beyond rounding, {found.max_hidden_error:.3g} beyond the codec",
     }
+
+
+def _short(*figures: float) -> tuple[str, ...]:
+    return tuple(f"{figure:.2g}" for figure in figures)
 
 
 def _figures(name: str, *columns: str) -> Table:
@@ -195,7 +199,7 @@ def _memory_facts(memory: "Memory") -> dict[str, str]:
         room = f"{_gib(device.bytes)}, room for {memory.fitting_sequences or 0:,} sequences of mean length"
     batch, least = _gib(memory.kv_batch), _gib(memory.kv_least)
     return {
-        "layout": f"{memory.engines} engine(s) of {memory.devices_per_engine} device, {memory.dtype}",
+        "layout": f"{memory.engines} engine(s) of {memory.devices_per_engine} device(s), {memory.dtype}",
         "weights": f"{_gib(memory.weights)} (from {memory.weights_from})",
         "KV cache": f"{memory.kv_per_token:,} B per token; {batch} for a full batch, {least} for one longest sequence",
         "capture": f"{_gib(memory.capture)} on the device, {_gib(memory.host)} on the host",

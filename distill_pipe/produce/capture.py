@@ -122,10 +122,15 @@ class CaptureMixin:
         self._sink: ShardSink | None = None
         self._state: Any = None
         layers = (self.vllm_config.additional_config or {}).get(EXTRA_ARG, {}).get("layers", ())
-        _refuse(self.vllm_config)
-        _check_seams(self, bool(layers))
-        if layers:
-            _deliver_states(self, tuple(layers))
+        self._refusal: str | None = None
+        try:
+            _refuse(self.vllm_config)
+            _check_seams(self, bool(layers))
+            if layers:
+                _deliver_states(self, tuple(layers))
+        except CaptureError as error:
+            # Raised here it would reach the driver from a process of vLLM's as "initialization failed"; see open.
+            self._refusal = str(error)
         _receive_states(self)
         if _is_last_stage():
             self.model_runner.sampler = SamplerTap(self.model_runner.sampler, self._watch)
@@ -155,10 +160,10 @@ class CaptureMixin:
         if step is not None and self._sink is not None:
             self._sink.add(step.rows, step.ready)
 
-    def capture_open(self, run: bytes, root: str) -> None:
-        """RPC: start capturing for a run; its dataset is at `root`."""
-        if not _is_last_stage():
-            return
+    def capture_open(self, run: bytes, root: str) -> str | None:
+        """RPC: start capturing for a run; its dataset is at `root`. Returns why it cannot be, where it cannot."""
+        if self._refusal is not None or not _is_last_stage():
+            return self._refusal
         from vllm.distributed.parallel_state import get_tp_group
 
         record = msgspec.json.decode(run, type=Run)
@@ -169,11 +174,12 @@ class CaptureMixin:
         self._step_seconds = 0.0
         self._step_capture = StepCapture(record.spec.capture, seed, compute_logits, shard, ships=ships)
         if not ships:
-            return
+            return None
         self._sink = ShardSink(store, record)
         norm = getattr(getattr(model, "model", None), "norm", None)
         if norm is not None and store.size(FINAL_NORM) is None:
             write_final_norm(store, norm.weight.detach().float().cpu().numpy())
+        return None
 
     def capture_finish(self, shard: int, traces: bytes) -> None:
         """RPC: these prompts of a shard are finished."""
@@ -234,6 +240,9 @@ def _deliver_states(worker: CaptureMixin, layers: tuple[int, ...]) -> None:
     if stages > 1 and not getattr(getattr(model, "model", None), "supports_aux_hidden_states_over_pp", False):
         raise CaptureError(f"vLLM's {type(model).__name__} does not pass hidden states on between pipeline stages; "
                            "set engine.pipeline_parallel_size=1 (tensor_parallel_size instead), or --layers none")
+    if 0 in layers and _adds_residual_to_embeddings(model):
+        raise CaptureError(f"vLLM's {type(model).__name__} cannot deliver layer 0, the embeddings of the tokens; leave "
+                           "it out of --layers")
     model.set_aux_hidden_state_layers(layers)
     # The V1 runner unpacks states on every stage, and only the last one has them.
     runner.use_aux_hidden_state_outputs = worker.use_v2_model_runner or _is_last_stage()
@@ -241,6 +250,13 @@ def _deliver_states(worker: CaptureMixin, layers: tuple[int, ...]) -> None:
         reserve_aux_intermediate_tensor_slots(model)
         if worker.use_v2_model_runner:
             runner.pp_handler.configure_aux_hidden_state_relay(model)
+
+
+def _adds_residual_to_embeddings(model: Any) -> bool:
+    """Whether the model adds a residual to the state of every layer, though before the first there is none."""
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2Model
+
+    return any(isinstance(part, DeepseekV2Model) for part in model.modules())
 
 
 def _receive_states(worker: CaptureMixin) -> None:

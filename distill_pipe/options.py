@@ -1,0 +1,64 @@
+"""The options of the command line that several commands share, or that name one of a fixed set.
+
+One option per setting that people change most; the rest of a job is `--set`. `generate` and `plan` share theirs.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Root = Annotated[Path, typer.Argument(help="The dataset's folder.", metavar="DIR")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+class Responses(StrEnum):
+    target = "target"
+    corpus = "corpus"
+
+
+class HiddenCodecs(StrEnum):
+    f32 = "f32"
+    bf16 = "bf16"
+    bf16_split = "bf16-split"
+    fp8 = "fp8"
+    q8 = "q8"
+    q6 = "q6"
+    q5 = "q5"
+
+
+class Losses(StrEnum):
+    kl = "kl"
+    tv = "tv"
+    lk_alpha = "lk-alpha"
+    lk_hybrid = "lk-hybrid"
+
+
+class Arch(StrEnum):
+    eagle3 = "eagle3"
+
+
+class ReplayDtypes(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Target = Annotated[str | None, typer.Option(help="A known target, a local folder, or a hub id.")]
+Corpus = Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet; may be repeated.")]
+Out = Annotated[str | None, typer.Option(help="The dataset's folder; an existing run is continued.")]
+Writer = Annotated[Responses | None, typer.Option(help="Who writes the responses: target (default) or corpus.")]
+TopK = Annotated[int | None, typer.Option(help="Head entries per row [32].")]
+Coverage = Annotated[float | None, typer.Option(help="As many head entries per row as hold this share of the "
+                                                     "probability, in place of --top-k.")]
+TopKMax = Annotated[int | None, typer.Option(help="The most head entries that a row may have with --coverage [256].")]
+TailSamples = Annotated[int | None, typer.Option(help="Samples of the tail per row [8].")]
+Layers = Annotated[str | None, typer.Option(help="Hidden states to keep, e.g. 2,15,27,30; 'none' for none.")]
+Codec = Annotated[HiddenCodecs | None, typer.Option(help="How hidden states are stored [bf16-split].")]
+Workers = Annotated[int | None, typer.Option(help="Engines to run [1].")]
+Limit = Annotated[int | None, typer.Option(help="Take only the first N prompts.")]
+TargetFolder = Annotated[str | None, typer.Option("--target", help="The target's folder, when its name does not lead "
+                                                                   "there.")]
+JobFile = Annotated[Path | None, typer.Option(help="A job file (YAML); options go over it.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="One setting of the job, e.g. "
+                                                                  "sampling.max_tokens=64.")]
