@@ -3,6 +3,9 @@
 Plain actors and a small pull scheduler of our own. Ray runs things at least once and may run them twice; that is
 harmless, because a commit is create-if-absent. All state is in the store: a driver that dies is started again and
 finds what is left by listing. Nothing large passes through Ray.
+
+Engines start as Ray finds room for them: those with a place work while others wait for a node, and a run gives up when
+no engine gets a place for PLACEMENT_SECONDS. The price is that a run with too little room for all is slow, not refused.
 """
 
 import os
@@ -32,6 +35,8 @@ from distill_pipe.store.root import LocalRoot
 
 SHARDS_IN_FLIGHT = 2
 POLL_SECONDS = 1.0
+# Machines that an autoscaler orders take minutes.
+PLACEMENT_SECONDS = 600.0
 DEATHS_WITHOUT_PROGRESS = 3
 _OBJECT_STORE_BYTES = 100 << 20
 _SHARD_ERRORS = {e.__name__: e for e in (CaptureError, DamageError, MismatchError, StorageFullError)}
@@ -54,6 +59,9 @@ class _Replica:
     def __init__(self, plan: ClusterPlan, run: bytes, root: str, cpu_threads: int) -> None:
         self._plan, self._run, self._root, self._cpu_threads = plan, run, root, cpu_threads
         self._worker: ShardWorker | None = None
+
+    def placed(self) -> None:
+        """Answers as soon as Ray has found a place for the actor."""
 
     def advance(self, shards: list[int], seconds: float) -> Progress:
         # Not started in __init__: an error there would reach the driver as a dead actor, without its class.
@@ -80,9 +88,12 @@ class _Replica:
 
 @dataclass(slots=True)
 class _Slot:
-    """A place for an engine: its actor, what it is working on, and how often it died without finishing a shard."""
+    """A place for an engine: its actor, the devices kept for it, what it is working on, and how often it died without
+    finishing a shard."""
 
     actor: Any = None
+    group: Any = None
+    placed: bool = False
     call: Any = None
     shards: set[int] = field(default_factory=set)
     deaths: int = 0
@@ -103,11 +114,15 @@ def run_on_ray(plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int],
     with redirect_stdout(sys.stderr):
         _start_ray(ray, plan)
         try:
+            _require_local_devices(ray, plan)
             while todo or any(slot.shards for slot in slots):
                 for slot in slots:
                     _feed(ray, slot, plan, run, root, todo)
                 calls = {slot.call: slot for slot in slots if slot.call is not None}
-                ready, _ = ray.wait(list(calls), num_returns=1)
+                patience = None if any(slot.placed for slot in slots) else PLACEMENT_SECONDS
+                ready, _ = ray.wait(list(calls), num_returns=1, timeout=patience)
+                if not ready:
+                    raise EngineError(_shortage(ray, plan))
                 _collect(ray, calls[ready[0]], todo, on_progress)
         finally:
             ray.shutdown()
@@ -129,11 +144,14 @@ def _start_ray(ray: Any, plan: ClusterPlan) -> None:
 
 
 def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int]) -> None:
-    """Give a slot shards up to its share, and let it run on when it is not already running."""
+    """Give a slot shards up to its share, and let it run on when it is not already running. An engine that waits for a
+    place holds no shards."""
     if slot.call is not None or not (todo or slot.shards):
         return
     if slot.actor is None:
-        slot.actor = _start_replica(ray, plan, run, root)
+        slot.actor = _start_replica(ray, slot, plan, run, root)
+        slot.call = slot.actor.placed.remote()
+        return
     fresh = []
     while todo and len(slot.shards) < SHARDS_IN_FLIGHT:
         fresh.append(todo.popleft())
@@ -142,32 +160,63 @@ def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, t
         slot.call = slot.actor.advance.remote(fresh, POLL_SECONDS)
 
 
-def _start_replica(ray: Any, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
-    devices = plan.engine.devices
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // (plan.workers * devices), 1))
-    gpus = devices if ray.cluster_resources().get("GPU", 0) else 0
-    placed = {"num_cpus": 1, "num_gpus": gpus}
+def _start_replica(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
+    kind, count = _engine_takes(ray, plan)
+    threads = int(os.environ.get("OMP_NUM_THREADS")
+                  or max((os.cpu_count() or 1) // (plan.workers * plan.engine.devices), 1))
+    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": count if kind == "GPU" else 0}
     if plan.engine.distributed_executor_backend == "ray":
-        placed = _placed_over_nodes(ray, devices, "GPU" if gpus else "CPU")
-    actor = ray.remote(max_restarts=0, max_task_retries=0, **placed)(_Replica)
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        slot.group = _reserve(ray, count)
+        # vLLM looks for the group that its process is in. Its workers take the devices, so the actor asks for none.
+        place = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            slot.group, placement_group_capture_child_tasks=True)}
+    actor = ray.remote(max_restarts=0, max_task_retries=0, **place)(_Replica)
     return actor.remote(plan, msgspec.json.encode(run), str(root), threads)
 
 
-def _placed_over_nodes(ray: Any, devices: int, kind: str) -> dict[str, Any]:
-    """Where the actor goes when vLLM places its own workers through Ray: into a group with a place for each device,
-    close together. vLLM's workers take the devices, so the actor asks for none."""
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+def _reserve(ray: Any, devices: int) -> Any:
+    """A group of one GPU each, which is all that vLLM accepts: on one node when any has so many, where its GPUs are
+    fastest together; else on as few nodes as possible."""
+    largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    return ray.util.placement_group([{"GPU": 1}] * devices, strategy="STRICT_PACK" if largest >= devices else "PACK")
 
-    group = ray.util.placement_group([{kind: 1, **({"CPU": 1} if kind == "GPU" else {})}] * devices, strategy="PACK")
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
-    return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+
+def _engine_takes(ray: Any, plan: ClusterPlan) -> tuple[str, int]:
+    """Which of Ray's resources one engine takes, and how many."""
+    if plan.engine.distributed_executor_backend == "ray" or ray.cluster_resources().get("GPU"):
+        return "GPU", plan.engine.devices
+    return "CPU", 1
+
+
+def _require_local_devices(ray: Any, plan: ClusterPlan) -> None:
+    """Refuse at once what Ray on this machine alone can never place."""
+    kind, count = _engine_takes(ray, plan)
+    needed, total = count * plan.workers, int(ray.cluster_resources().get(kind, 0))
+    if plan.address is None and total < needed:
+        raise EngineError(f"{plan.workers} x {count} {kind}s are needed and this machine has {total}: {needed - total} "
+                          "are missing; lower `workers` or the engine's parallel sizes, or give a cluster's `address`")
+
+
+def _shortage(ray: Any, plan: ClusterPlan) -> str:
+    """Why no engine has a place."""
+    kind, count = _engine_takes(ray, plan)
+    total, free = (int(found.get(kind, 0)) for found in (ray.cluster_resources(), ray.available_resources()))
+    start = (f"no engine found a place within {PLACEMENT_SECONDS:g} s: it takes {count} {kind}s, and {free} of the "
+             f"cluster's {total} are free")
+    if free < count:
+        return f"{start}; {count - free} are missing"
+    spread = "" if plan.engine.distributed_executor_backend == "ray" else (
+        "; engine.distributed_executor_backend=ray spreads an engine over nodes")
+    return f"{start}, but not on one node{spread}"
 
 
 def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Progress], None]) -> None:
     """Take a finished call's result; a dead engine gives its shards back."""
     call, slot.call = slot.call, None
     try:
-        progress: Progress = ray.get(call)
+        progress: Progress | None = ray.get(call)
     except ray.exceptions.RayTaskError as error:
         cause = error.as_instanceof_cause()
         if not isinstance(cause, EngineError) or isinstance(cause, EngineStartError):
@@ -176,6 +225,9 @@ def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Pro
         return
     except ray.exceptions.RayActorError as error:
         _lose(ray, slot, todo, error)
+        return
+    if progress is None:
+        slot.placed = True
         return
     for outcome in progress.outcomes:
         slot.shards.discard(outcome.shard)
@@ -190,13 +242,20 @@ def _lose(ray: Any, slot: _Slot, todo: deque[int], cause: Exception) -> None:
     todo.extendleft(sorted(slot.shards, reverse=True))
     slot.shards.clear()
     slot.deaths += 1
-    if slot.actor is not None:
-        ray.kill(slot.actor)
-        slot.actor = None
+    _release(ray, slot)
     if slot.deaths >= DEATHS_WITHOUT_PROGRESS:
         # Ray's text of a failed start holds a whole traceback; its last line is the cause.
         reason = ([line.strip() for line in str(cause).splitlines() if line.strip()] or ["unknown"])[-1][:500]
         raise EngineError(f"the engine died {slot.deaths} times without finishing a shard; the last cause: {reason}")
+
+
+def _release(ray: Any, slot: _Slot) -> None:
+    """End an engine for good and give its devices back; what it reserved at the end of a run goes with Ray's job."""
+    ray.kill(slot.actor)
+    if slot.group is not None:
+        ray.util.remove_placement_group(slot.group)
+    slot.actor = slot.group = None
+    slot.placed = False
 
 
 def _plain(cause: BaseException) -> BaseException:
