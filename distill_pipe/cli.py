@@ -5,18 +5,18 @@ Commands import what they need when they run, so that `status` and `verify` work
 
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
 from rich.console import Console
 
-from distill_pipe.errors import AuditError, DamageError, DistillPipeError, UsageError
+from distill_pipe.errors import DamageError, DistillPipeError, UsageError
+from distill_pipe.measure_commands import audit, bench_capture, plan
 from distill_pipe.options import (
     Arch,
     Codec,
@@ -28,7 +28,6 @@ from distill_pipe.options import (
     Limit,
     Losses,
     Out,
-    ReplayDtypes,
     Root,
     Settings,
     TailSamples,
@@ -38,8 +37,9 @@ from distill_pipe.options import (
     TopKMax,
     Workers,
     Writer,
+    described_job,
 )
-from distill_pipe.report_tables import print_audit, print_facts, print_forecast, print_statistics, print_trace, visible
+from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace, say, visible
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
@@ -65,7 +65,7 @@ def generate(  # noqa: PLR0913 - the options above
     as_json: Json = False,
 ) -> None:
     """Run a target over a corpus and store what a draft learns from. Continues where an earlier run stopped."""
-    described = _job(locals())
+    described = described_job(locals())
     if dry_run:
         from distill_pipe.produce.forecast import forecast
 
@@ -74,24 +74,7 @@ def generate(  # noqa: PLR0913 - the options above
     _generate(described, as_json)
 
 
-@app.command()
-def plan(  # noqa: PLR0913 - the options above
-    target: Target = None, corpus: Corpus = None, out: Out = None, responses: Writer = None, top_k: TopK = None,
-    coverage: Coverage = None, top_k_max: TopKMax = None, tail_samples: TailSamples = None, layers: Layers = None,
-    hidden_codec: Codec = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
-    set_: Settings = None,
-    probe: Annotated[int, typer.Option(min=0, help="Really run N prompts in a temporary folder and measure.")] = 0,
-    sample: Annotated[int, typer.Option(min=1, help="Prompts to tokenise for the counts.")] = 512,
-    gpu_memory: Annotated[float | None, typer.Option(min=0, help="The GPU's memory in GiB, if it is not here.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Say what a run will cost: tokens, bytes, memory, and with --probe hours. Refuses what does not fit."""
-    from distill_pipe.produce.forecast import forecast
-
-    described = _job(locals())
-    if probe:
-        _say(f"running {probe} prompts in a temporary folder; starting the engine")
-    print_forecast(forecast(described, sample=sample, probe=probe, gpu_memory=gpu_memory), as_json)
+app.command()(plan)
 
 
 @app.command()
@@ -136,30 +119,6 @@ def inspect(
 
 
 @app.command()
-def audit(
-    root: Root,
-    traces: Annotated[int, typer.Option(help="Traces to replay, spread evenly over the dataset.")] = 16,
-    dtype: Annotated[ReplayDtypes, typer.Option(help="Replay in this dtype.")] = ReplayDtypes.float32,
-    target: TargetFolder = None,
-    max_logprob_error: Annotated[float | None, typer.Option(min=0, help=(
-        "Largest mean error of a stored number beyond rounding, in nats [0.001; 0.25 with bfloat16]."))] = None,
-    max_hidden_error: Annotated[float | None, typer.Option(min=0, help=(
-        "Largest mean relative error of a layer beyond its codec [0.001; 0.05 with bfloat16]."))] = None,
-    as_json: Json = False,
-) -> None:
-    """Replay some traces through Hugging Face transformers and compare. Ends in 8 beyond a limit."""
-    try:
-        from distill_pipe.produce.audit import Limits, audit_dataset
-    except ImportError as error:
-        raise UsageError(f"audit needs torch and transformers: {error}") from None
-    report = audit_dataset(LocalRoot(root), traces, dtype.value, target, Limits(max_logprob_error, max_hidden_error),
-                           lambda found: _say(f"replaying {found} traces in {dtype.value}"))
-    print_audit(report, as_json)
-    if report.exceeded:
-        raise AuditError(f"{root}: {'; '.join(report.exceeded)}")
-
-
-@app.command()
 def train(  # noqa: PLR0913 - one option per setting of a small reference trainer
     root: Root,
     arch: Annotated[Arch, typer.Option(help="The draft's architecture.")] = Arch.eagle3,
@@ -186,8 +145,12 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
     for when, held_out in (("before", result.before), ("after", result.after)):
         sys.stdout.write(f"held-out alpha {when}: {held_out.alpha:.4f} (certified between {held_out.lower:.4f} and "
                          f"{held_out.upper:.4f}, {held_out.rows} rows)\n")
-    _say(f"{result.steps} steps over {result.rows} rows in {result.seconds:.0f} s, loss {result.loss_first:.4f} -> "
+    say(f"{result.steps} steps over {result.rows} rows in {result.seconds:.0f} s, loss {result.loss_first:.4f} -> "
          f"{result.loss_last:.4f}")
+
+
+app.command()(audit)
+app.command("bench-capture")(bench_capture)
 
 
 def main() -> None:
@@ -196,23 +159,11 @@ def main() -> None:
     try:
         app()
     except DistillPipeError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(error.exit_code)
     except PermissionError as error:
-        _say(f"error: {error.filename}: {error.strerror}; choose another folder, or change its permissions")
+        say(f"error: {error.filename}: {error.strerror}; choose another folder, or change its permissions")
         sys.exit(UsageError.exit_code)
-
-
-def _job(given: Mapping[str, Any]) -> "Job":
-    """The job that a command's parameters, by name, describe."""
-    from distill_pipe.produce.job import load_job
-
-    plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
-    plain |= {"corpus": given["corpus"] or None, "layers": _layers(given["layers"])}
-    options = {name: plain[name] for name in ("target", "corpus", "out", "responses", "limit", "workers")}
-    options |= {f"capture.{name}": plain[name] for name in ("top_k", "coverage", "top_k_max", "tail_samples",
-                                                            "hidden_codec", "layers")}
-    return load_job(given["job"], given["set_"] or (), options)
 
 
 def _generate(job: "Job", as_json: bool) -> None:
@@ -225,7 +176,7 @@ def _generate(job: "Job", as_json: bool) -> None:
             run = run_job(job, lambda run, left: stack.enter_context(meter.running(run, left)), meter.update)
         except KeyboardInterrupt:
             stack.close()
-            _say(f"{'terminated' if _Termination.asked else 'interrupted'}; the same command continues the run")
+            say(f"{'terminated' if _Termination.asked else 'interrupted'}; the same command continues the run")
             raise typer.Exit(143 if _Termination.asked else 130) from None
     store = LocalRoot(job.out)
     facts = read_status(store)
@@ -233,7 +184,7 @@ def _generate(job: "Job", as_json: bool) -> None:
         print_facts(facts, as_json)
         return
     per_token = facts.bytes / max(facts.tokens, 1)
-    _say(f"{job.out}: {facts.traces} traces, {facts.rows} rows, {facts.tokens} tokens, {per_token:,.0f} bytes per token"
+    say(f"{job.out}: {facts.traces} traces, {facts.rows} rows, {facts.tokens} tokens, {per_token:,.0f} bytes per token"
          f", {facts.quarantined} prompts quarantined; {len(meter.shards)} of {num_shards(run)} shards made by this "
          f"call in {meter.seconds:,.0f} s")
 
@@ -246,21 +197,10 @@ def _decoder(target: str) -> Callable[[int], str]:
         folder = resolve_target(target).folder
         from transformers import AutoTokenizer
     except (UsageError, ImportError) as error:
-        _say(f"token ids are shown as numbers: {error}")
+        say(f"token ids are shown as numbers: {error}")
         return str
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return lambda token: visible(tokenizer.decode([token]))
-
-
-def _layers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    if text.strip() == "none":
-        return []
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--layers {text}: write numbers with commas, for example 2,15,27,30, or none") from None
 
 
 class _TrainLines:
@@ -272,7 +212,7 @@ class _TrainLines:
     def __call__(self, step: "Step") -> None:
         if int(step.progress * 10) > self._printed:
             self._printed = int(step.progress * 10)
-            _say(f"{step.progress:4.0%}  step {step.step}  loss {step.loss:.4f}  training alpha {step.alpha:.4f}")
+            say(f"{step.progress:4.0%}  step {step.step}  loss {step.loss:.4f}  training alpha {step.alpha:.4f}")
 
 
 class _Termination:
@@ -284,11 +224,6 @@ class _Termination:
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     _Termination.asked = True
     raise KeyboardInterrupt
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

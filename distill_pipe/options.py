@@ -1,13 +1,19 @@
 """The options of the command line that several commands share, or that name one of a fixed set.
 
-One option per setting that people change most; the rest of a job is `--set`. `generate` and `plan` share theirs.
+One option per setting that people change most; the rest of a job is `--set`. Commands that describe a job share theirs.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from distill_pipe.errors import UsageError
+
+if TYPE_CHECKING:
+    from distill_pipe.produce.job import Job
 
 Root = Annotated[Path, typer.Argument(help="The dataset's folder.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -62,3 +68,26 @@ TargetFolder = Annotated[str | None, typer.Option("--target", help="The target's
 JobFile = Annotated[Path | None, typer.Option(help="A job file (YAML); options go over it.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="One setting of the job, e.g. "
                                                                   "sampling.max_tokens=64.")]
+
+
+def described_job(given: Mapping[str, Any]) -> "Job":
+    """The job that a command's parameters, by name, describe."""
+    from distill_pipe.produce.job import load_job
+
+    plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
+    plain |= {"corpus": given["corpus"] or None, "layers": _layers(given["layers"])}
+    options = {name: plain[name] for name in ("target", "corpus", "out", "responses", "limit", "workers")}
+    options |= {f"capture.{name}": plain[name] for name in ("top_k", "coverage", "top_k_max", "tail_samples",
+                                                            "hidden_codec", "layers")}
+    return load_job(given["job"], given["set_"] or (), options)
+
+
+def _layers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if text.strip() == "none":
+        return []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--layers {text}: write numbers with commas, for example 2,15,27,30, or none") from None

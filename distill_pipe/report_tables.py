@@ -16,6 +16,7 @@ from distill_pipe.store.inspect import InspectedToken
 if TYPE_CHECKING:
     from distill_pipe.produce.comparison import AuditReport
     from distill_pipe.produce.forecast import Forecast
+    from distill_pipe.produce.gauge import Gauge
     from distill_pipe.produce.memory import Memory
     from distill_pipe.produce.probe import Probe
     from distill_pipe.store.finalize import Final
@@ -37,6 +38,12 @@ def print_facts(facts: msgspec.Struct, as_json: bool) -> None:
             value = "-"
         table.add_row(name.replace("_", " "), str(value))
     Console().print(table, highlight=False, markup=False)
+
+
+def say(text: str) -> None:
+    """A line on stderr, at once."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def visible(text: str) -> str:
@@ -105,6 +112,30 @@ def _audit_facts(found: "AuditReport") -> dict[str, str]:
         "NaN or infinite": nonfinite,
         "limits": f"{found.max_logprob_error:.3g} beyond rounding, {found.max_hidden_error:.3g} beyond the codec",
     }
+
+
+def print_gauge(found: "Gauge", as_json: bool) -> None:
+    """What capture costs, and where its time goes."""
+    if as_json:
+        print_facts(found, as_json)
+        return
+    times, seconds = found.times, found.captured_seconds
+    facts = {
+        "requests": f"{found.requests:,}: {found.tokens:,} tokens, {found.rows:,} rows of {found.bytes_per_row:,.0f} B",
+        "plain": f"{found.plain_tokens_per_second:,.0f} tokens/s",
+        "with capture": f"{found.capture_tokens_per_second:,.0f} tokens/s",
+        "captured over plain": f"{found.ratio:.3f} (rounds: "
+                               f"{', '.join(f'{r.capture / r.plain:.3f}' for r in found.rounds)})",
+    }
+    parts = _figures("where the captured time went", "seconds", "share")
+    for name, part in (("the engine's thread, picking and reducing rows", times.step_seconds),
+                       ("the engine's thread, waiting for the sink", times.sink.engine_waited_seconds),
+                       ("the sink's thread, putting traces together", times.sink.assemble_cpu_seconds),
+                       ("the sink's thread, encoding", times.sink.encode_cpu_seconds),
+                       ("the sink's thread, writing and committing", times.sink.commit_cpu_seconds)):
+        parts.add_row(name, f"{part:.2f}", f"{part / seconds:.1%}")
+    for table in (_pairs(facts), parts):
+        Console().print(table, highlight=False, markup=False)
 
 
 def _short(*figures: float) -> tuple[str, ...]:
