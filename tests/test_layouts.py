@@ -5,13 +5,14 @@ rows that a prefix-cache hit leaves out, and rows captured twice after a preempt
 rows of two layouts may differ by rounding alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import LAYERS, PROMPTS, command, prompt_records, stored_traces, succeed, write_corpus
 from tiny_target import make_tiny_target
+from tiny_targets import write_qwen3_moe
 
 from distill_pipe.store.spec import Responses
 from distill_pipe.store.trace import Trace
@@ -104,10 +105,12 @@ def test_preempted_requests_give_the_same_rows(tmp_path: Path) -> None:
     assert_same_rows(found, wanted)
 
 
-@pytest.mark.parametrize("responses", ["target", "corpus"])
-def test_a_vocabulary_over_two_devices_gives_the_same_rows(tmp_path: Path, responses: Responses) -> None:
-    # 259 tokens do not divide by two: the second device's part ends in padding.
-    target = make_tiny_target(tmp_path / "target")
+@pytest.mark.parametrize(("make", "responses"), [(make_tiny_target, "target"), (write_qwen3_moe, "corpus")])
+def test_a_vocabulary_over_two_devices_gives_the_same_rows(tmp_path: Path, make: Callable[[Path], Path],
+                                                           responses: Responses) -> None:
+    # The first target's 259 tokens do not divide by two: the second device's part ends in padding. The other one's
+    # experts are split as well.
+    target = make(tmp_path / "target")
     corpus = write_corpus(tmp_path / "c.jsonl", [
         {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": p[::-1]}][:1 + (
             responses == "corpus")]} for p in PROMPTS])
@@ -118,9 +121,20 @@ def test_a_vocabulary_over_two_devices_gives_the_same_rows(tmp_path: Path, respo
     assert_same_rows(found, wanted)
 
 
+def test_a_model_that_cannot_relay_states_between_stages_is_refused_with_the_reason(tmp_path, answers) -> None:
+    target = write_qwen3_moe(tmp_path / "target")
+    done = command("generate", "--target", target, "--corpus", answers, "--out", tmp_path / "out", "--responses",
+                   "corpus", "--layers", "0,2", "--set", "engine.pipeline_parallel_size=2")
+    assert done.returncode == 7
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: vLLM's Qwen3MoeForCausalLM does not pass hidden states on between pipeline stages; set ")
+    assert not list((tmp_path / "out").glob("data/**/*.parquet"))
+
+
 @pytest.mark.parametrize(("setting", "reason"), [
     ("engine.tensor_parallel_size=7", "must be divisible by tensor parallel size"),
     ("engine.kv_cache_memory_bytes=1000", "vLLM cannot run"),
+    ("engine.enable_expert_parallel=true", "expert parallelism needs GPUs"),
 ])
 def test_a_layout_that_the_engine_cannot_have_is_one_line(tmp_path, answers, setting: str, reason: str) -> None:
     done = command("generate", "--target", "smollm2-135m", "--corpus", answers, "--out", tmp_path / "out",

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from distill_pipe.errors import EngineError, EngineStartError
+from distill_pipe.errors import CaptureError, EngineError, EngineStartError
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import EXTRA_ARG, CaptureTimes
 from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Response
@@ -68,13 +68,14 @@ class VllmEngine:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         spec = run.spec
+        arguments = _arguments(options, spec, on_cpu)
         try:
             self._engine = LLM(
                 model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
                 max_model_len=spec.engine.max_model_len, disable_log_stats=True,
                 worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
                 additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}},
-                **_arguments(options, spec, on_cpu)).llm_engine
+                **arguments).llm_engine
         except Exception as error:  # vLLM itself reports a worker that failed as a plain Exception
             raise EngineStartError(f"vLLM cannot run {model}: {_reason(error)}") from error
         self.open(run, root)
@@ -111,8 +112,11 @@ class VllmEngine:
             return []
         try:
             outputs = self._engine.step()
-        except self._dead as error:
-            raise EngineError(f"the vLLM engine died: {error}") from error
+        except CaptureError:
+            raise
+        except Exception as error:
+            # A dead process shows as an exception of any kind here, and so does a kernel that a batch does not suit.
+            raise EngineError(f"the vLLM engine died: {type(error).__name__}: {_reason(error)}") from error
         return [_response(output) for output in outputs if output.finished]
 
     def finish(self, shard: int, traces: Sequence[FinishedTrace]) -> None:
@@ -187,6 +191,8 @@ def _arguments(options: EngineOptions, spec: RunSpec, on_cpu: bool) -> dict[str,
     given = {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
     if not on_cpu:
         return given
+    if options.enable_expert_parallel:
+        raise EngineStartError("expert parallelism needs GPUs: vLLM's kernels for experts on a CPU crash with it")
     # A prompt cut over two steps rewinds its sampling generator, which no CPU generator can do.
     chunked = spec.responses == "corpus" and options.max_num_batched_tokens is not None
     batch = options.max_num_batched_tokens or max(CPU_BATCH_TOKENS, spec.engine.max_model_len)
