@@ -24,6 +24,7 @@ from runs import stored_traces
 from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
 from distill_pipe.errors import DamageError, MismatchError, StorageFullError
+from distill_pipe.store import commit
 from distill_pipe.store.commit import (
     adopt_shard,
     commit_shard,
@@ -219,6 +220,23 @@ def test_files_that_are_no_shards_are_not_taken_for_shards(root: LocalRoot, run:
         (folder / name).touch()
     assert committed_shards(root) == {2}
     assert sorted(listed_shards(root)[1]) == sorted(f"data/train/0000/{name}" for name in names)
+
+
+@pytest.mark.parametrize("writer", ["write_sidecar", "write_main"])
+def test_a_file_that_was_not_written_as_it_should_be_is_not_committed(
+        root: LocalRoot, run: Run, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    def spoil(path: Path, *rest: object) -> None:
+        real(path, *rest)
+        chunk = pq.read_metadata(path).row_group(0).column(0)
+        data = bytearray(path.read_bytes())
+        data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+        path.write_bytes(data)
+
+    real, before = getattr(commit, writer), files(root.path)
+    monkeypatch.setattr(commit, writer, spoil)
+    with pytest.raises(DamageError, match="row group 0, column ordinal"):
+        commit_shard(root, run, 0, shard_traces(run, 0), [])
+    assert files(root.path) == before
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tiny_datasets import Shape, make_dataset
 
 from distill_pipe.errors import DamageError, MismatchError
 from distill_pipe.store.pages import BINARY, I32, I32S, I64, STRINGS, STRUCT, STRUCTS, Fields, encode, read_page_header
-from distill_pipe.store.parquet import Limit, read_footer_value, read_table
+from distill_pipe.store.parquet import Limit, check_table, read_footer_value, read_table
 from distill_pipe.store.parquet_writer import METADATA_KEY, write_table
 
 INT32 = 1
@@ -346,6 +346,29 @@ def regions(path: Path) -> dict[str, list[int]]:
     return found
 
 
+def is_refused(path: Path, schema: pa.Schema, limits: Mapping[str, Limit], nullable: Sequence[str] = ("domain",)
+               ) -> bool:
+    """Whether a check without reading finds fault with a file."""
+    try:
+        check_table(path, schema, limits, nullable)
+    except DamageError:
+        return True
+    return False
+
+
+def test_a_check_in_little_memory_refuses_what_a_read_refuses(tmp_path: Path, files: dict[str, Path]) -> None:
+    for path in files.values():
+        _, schema, limits = truth(path)
+        assert not is_refused(path, schema, limits)
+        for name, limit in limits.items():
+            assert is_refused(path, schema, limits | {name: Limit(limit.values - 1, limit.value_bytes)})
+    for column in (pa.array([1, 2, None, 4]), pa.array([[1], [], None, [4]]), pa.array([[1], [2], [], [None]])):
+        table = pa.table({"x": column})
+        pq.write_table(table, tmp_path / "x", row_group_size=2, use_dictionary=False, write_page_checksum=True)
+        for nullable in ([], ["x"]):
+            assert is_refused(tmp_path / "x", table.schema, {"x": Limit(4)}, nullable) == (not nullable)
+
+
 def test_a_flipped_bit_never_changes_what_is_read(tmp_path: Path, files: dict[str, Path]) -> None:
     """Page checksums cover the bodies; headers and footer are caught by saying everything twice."""
     dice, damaged = random.Random(7), tmp_path / "flipped.parquet"
@@ -363,6 +386,7 @@ def test_a_flipped_bit_never_changes_what_is_read(tmp_path: Path, files: dict[st
                     found = read_table(damaged, schema, limits, nullable=["domain"])
                 except DamageError as error:
                     message = str(error)
+                assert is_refused(damaged, schema, limits) == (message is not None), (region, position)
                 if message is None:
                     assert found.equals(table, check_metadata=True), (region, position)
                 else:

@@ -3,6 +3,7 @@
 Shapes: R supervised rows, N flat entries, K head entries.
 """
 
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from tiny_datasets import Shape, make_dataset, random_trace
 
 from distill_pipe.errors import CaptureError, DamageError, MismatchError
+from distill_pipe.store import parquet_writer
 from distill_pipe.store.codec import scalar_bits, scaled_head
 from distill_pipe.store.hidden_codec import as_tensor, decode_layers, encode_trace
 from distill_pipe.store.manifest import Measured, ShardInfo, read_fragment, shard_name
@@ -34,9 +36,11 @@ from distill_pipe.store.shard import (
     write_main,
 )
 from distill_pipe.store.sidecar import (
+    EncodedTrace,
     SidecarInfo,
     blobs_of,
     check_sidecar,
+    check_written_sidecar,
     layer_column,
     read_sidecar,
     read_sidecar_info,
@@ -262,3 +266,65 @@ def test_the_fragment_knows_what_a_page_checksum_cannot(tmp_path: Path) -> None:
     assert fragment is not None
     assert fragment.info == read_shard_info(tmp_path / shard_name(0))
     assert fragment.file.size == (tmp_path / shard_name(0)).stat().st_size
+
+
+def encoded_shard(num_traces: int, codec: HiddenCodec) -> tuple[list[EncodedTrace], SidecarInfo]:
+    shape = Shape(hidden_codec=codec)
+    info = SidecarInfo(fingerprint="0" * 64, shard=0, codec=codec, hidden_size=shape.hidden_size, layers=shape.layers)
+    return [encode_trace(random_trace(o, shape), codec) for o in range(num_traces)], info
+
+
+def whole_table(traces: Sequence[EncodedTrace], info: SidecarInfo) -> pa.Table:
+    """A sidecar's columns as one table, appended blob by blob."""
+    columns: dict[str, pa.Array] = {"ordinal": pa.array([t.trace.ordinal for t in traces], pa.int64())}
+    for layer in info.layers:
+        columns[layer_column(layer)] = pa.array([t.blobs[layer].data for t in traces], pa.large_binary())
+        if info.codec in ("fp8", "q8", "q6", "q5"):
+            columns[scale_column(layer)] = pa.array([t.blobs[layer].scale_T for t in traces], pa.list_(pa.float32()))
+    return pa.table(columns, metadata={METADATA_KEY: msgspec.json.encode(info, order="deterministic")})
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("num_traces", "groups"), [(0, 1), (1, 1), (9, 1), (9, 3), (10, 4), (6, 6)])
+def test_a_sidecar_that_is_written_piece_by_piece_is_the_file_of_the_whole_table(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: HiddenCodec, num_traces: int, groups: int) -> None:
+    traces, info = encoded_shard(num_traces, codec)
+    table = whole_table(traces, info)
+    rows = max(-(-num_traces // groups), 1)
+    # The least and the most that make groups of so many rows: a table taken for a byte larger or smaller makes others.
+    least, beyond = (-(-n * table.nbytes // max(num_traces, 1)) for n in (rows, rows + 1))
+    scales = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in table.column_names if name.startswith("scale")}
+    pq.write_table(table, tmp_path / "whole", row_group_size=rows, compression="zstd", compression_level=2,
+                   use_dictionary=False, column_encoding={"ordinal": "BYTE_STREAM_SPLIT"} | scales,
+                   write_page_checksum=True, write_page_index=True)
+    for group_bytes in (least, max(beyond - 1, least)):
+        monkeypatch.setattr(parquet_writer, "ROW_GROUP_BYTES", group_bytes)
+        write_sidecar(tmp_path / "pieces", traces, info)
+        assert pq.read_metadata(tmp_path / "pieces").num_row_groups == groups
+        assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+        check_written_sidecar(tmp_path / "pieces", traces, info)
+
+
+def test_a_sidecar_that_was_written_short_or_spoilt_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces, info = encoded_shard(6, "q8")
+    monkeypatch.setattr(parquet_writer, "ROW_GROUP_BYTES", 1)
+    write_sidecar(tmp_path / "short", traces[:5], info)
+    with pytest.raises(DamageError, match="does not hold the traces"):
+        check_written_sidecar(tmp_path / "short", traces, info)
+    write_sidecar(tmp_path / "spoilt", traces, info)
+    chunk = pq.read_metadata(tmp_path / "spoilt").row_group(4).column(1)
+    data = bytearray((tmp_path / "spoilt").read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    (tmp_path / "spoilt").write_bytes(data)
+    with pytest.raises(DamageError, match="spoilt: row group 4, column layer_01: "):
+        check_written_sidecar(tmp_path / "spoilt", traces, info)
+
+
+def test_making_the_main_table_takes_little_beside_it() -> None:
+    traces = [random_trace(o, Shape(vocab_size=2048, top_k=1024)) for o in range(200)]
+    tracemalloc.start()
+    table, _ = main_table(traces, 7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table.nbytes > 8 << 20
+    assert peak < 2 * table.nbytes

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from distill_pipe.errors import MismatchError
@@ -43,7 +44,7 @@ from distill_pipe.store.shard import (
     write_main,
     write_quarantine,
 )
-from distill_pipe.store.sidecar import EncodedTrace, read_sidecar, sidecar_info, write_sidecar
+from distill_pipe.store.sidecar import EncodedTrace, check_written_sidecar, sidecar_info, write_sidecar
 from distill_pipe.store.statistics import (
     shard_statistics,
     token_table,
@@ -81,6 +82,8 @@ def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[Encoded
         info = _shard_info(run, shard, traces, len(quarantined), measured, hidden, quarantine)
         write_main(path, table, info)
         _recheck(path, info, run)
+        # Arrow keeps what it freed, and what comes next is not allocated by it.
+        pa.default_memory_pool().release_unused()
         write_token_table(folder / "tokens", token_table(stored, run.spec.target.vocab_size))
         fragment = Fragment(file=_file_ref(path, shard_name(shard)), info=info)
         for sidecar, ref in sidecars.items():
@@ -147,7 +150,7 @@ def _require_coverage(run: Run, shard: int, traces: Sequence[EncodedTrace],
 def _write_hidden(run: Run, shard: int, traces: Sequence[EncodedTrace], path: Path) -> FileRef:
     info = sidecar_info(run, shard)
     write_sidecar(path, traces, info)
-    read_sidecar(path, info, info.layers, len(traces), sum(t.trace.num_tokens for t in traces))
+    check_written_sidecar(path, traces, info)
     return _content_named(path, HIDDEN, shard)
 
 

@@ -41,7 +41,7 @@ from distill_pipe.store.pages import (
     structs,
 )
 
-__all__ = ["Limit", "read_footer_value", "read_table"]
+__all__ = ["Limit", "check_table", "read_footer_value", "read_table"]
 
 _MAGIC: Final = b"PAR1"
 MAX_FOOTER_BYTES: Final = 16 << 20
@@ -82,19 +82,17 @@ def read_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit], nulla
             names the file and, wherever possible, row group and column.
     """
     with _opened(path) as source:
-        footer, start = _footer(source)
-        parts, num_leaves = _columns(footer, schema.names)
-        groups = _groups(footer, start, parts, num_leaves)
-        file = pq.ParquetFile(source, metadata=_checked_footer(schema, parts, groups),
-                              page_checksum_verification=True, arrow_extensions_enabled=False)
-        _check_types(file.schema_arrow, schema)
-        _check_pages(source, parts, groups, limits)
-        table = pa.table(_decode(path, file).columns, schema=schema)
-    for name, column in zip(schema.names, table.columns, strict=True):
-        elements = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-        if name not in nullable and column.null_count + elements.null_count:
-            raise DamageError(f"{path}: column {name} holds nulls")
+        table = pa.table(_decode(path, _checked_file(source, schema, limits)).columns, schema=schema)
+    _refuse_nulls(path, table, nullable)
     return table
+
+
+def check_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit], nullable: Sequence[str] = ()) -> None:
+    """Raises DamageError where `read_table` would, with one column of one row group in memory at a time."""
+    with _opened(path) as source:
+        file = _checked_file(source, schema, limits)
+        for group, name in _places(file):
+            _refuse_nulls(path, _decode_column(path, file, group, name), nullable)
 
 
 def read_footer_value(path: Path, key: bytes) -> bytes:
@@ -109,6 +107,25 @@ def read_footer_value(path: Path, key: bytes) -> bytes:
             if binary(entry, 1) == key:
                 return binary(entry, 2)
     raise MismatchError(f"{path} was not written by distill-pipe")
+
+
+def _checked_file(source: pa.NativeFile, schema: pa.Schema, limits: Mapping[str, Limit]) -> pq.ParquetFile:
+    """The columns of `schema`, held against their limits and ready to be decoded."""
+    footer, start = _footer(source)
+    parts, num_leaves = _columns(footer, schema.names)
+    groups = _groups(footer, start, parts, num_leaves)
+    file = pq.ParquetFile(source, metadata=_checked_footer(schema, parts, groups),
+                          page_checksum_verification=True, arrow_extensions_enabled=False)
+    _check_types(file.schema_arrow, schema)
+    _check_pages(source, parts, groups, limits)
+    return file
+
+
+def _refuse_nulls(path: Path, table: pa.Table, nullable: Sequence[str]) -> None:
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        elements = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if name not in nullable and column.null_count + elements.null_count:
+            raise DamageError(f"{path}: column {name} holds nulls")
 
 
 @contextmanager
@@ -243,28 +260,32 @@ def _chunk_fields(chunk: Chunk) -> Fields:
 
 def _decode(path: Path, file: pq.ParquetFile) -> pa.Table:
     try:
-        table = _valid(file.read())
+        table = file.read()
+        # List offsets and UTF-8, which decoding does not check.
+        table.validate(full=True)
     except _FAILURES as error:
-        raise DamageError(_culprit(path, file) or f"{path} cannot be read: {error}") from error
+        # One by one, to name the first that fails.
+        for group, name in _places(file):
+            _decode_column(path, file, group, name)
+        raise DamageError(f"{path} cannot be read: {error}") from error
     if table.num_rows != file.metadata.num_rows:
         raise DamageError(f"{path} holds {table.num_rows} rows, but the footer says {file.metadata.num_rows}")
     return table
 
 
-def _culprit(path: Path, file: pq.ParquetFile) -> str | None:
-    """Where reading fails first; None if every column of every row group can be read on its own."""
-    for group in range(file.num_row_groups):
-        for name in file.schema_arrow.names:
-            try:
-                _valid(file.read_row_group(group, columns=[name]))
-            except _FAILURES as error:
-                return f"{path}: row group {group}, column {name}: {error}"
-    return None
+def _places(file: pq.ParquetFile) -> list[tuple[int, str]]:
+    return [(group, name) for group in range(file.num_row_groups) for name in file.schema_arrow.names]
 
 
-def _valid(table: pa.Table) -> pa.Table:
-    """The table, after a look at list offsets and UTF-8, which decoding does not check."""
-    table.validate(full=True)
+def _decode_column(path: Path, file: pq.ParquetFile, group: int, name: str) -> pa.Table:
+    place = f"{path}: row group {group}, column {name}"
+    try:
+        table = file.read_row_group(group, columns=[name])
+        table.validate(full=True)
+    except _FAILURES as error:
+        raise DamageError(f"{place}: {error}") from error
+    if table.num_rows != (rows := file.metadata.row_group(group).num_rows):
+        raise DamageError(f"{place} holds {table.num_rows} rows, but the footer says {rows}")
     return table
 
 

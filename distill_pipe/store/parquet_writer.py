@@ -6,6 +6,7 @@ because a dictionary lets a kilobyte unpack to gigabytes and a reader would have
 that repeat cost a few bytes more.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +19,26 @@ ROW_GROUP_BYTES: Final = 64 << 20
 
 def write_table(path: Path, table: pa.Table, level: int = 2) -> None:
     """Write a table at a zstd level, in row groups of about `ROW_GROUP_BYTES` decoded bytes."""
-    rows = max(1, int(ROW_GROUP_BYTES * table.num_rows / max(table.nbytes, 1)))
-    split = {name: "BYTE_STREAM_SPLIT" for f in table.schema if (name := _split_path(f))}
-    pq.write_table(table, path, compression="zstd", compression_level=level, row_group_size=rows, use_dictionary=False,
-                   column_encoding=split or None, write_page_checksum=True, write_page_index=True)
+    write_row_groups(path, table.schema, [table], rows_per_group(table.num_rows, table.nbytes), level)
+
+
+def write_row_groups(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], rows: int, level: int = 2) -> None:
+    """Write tables one after the other, each cut into row groups of `rows` rows. No table is held once it is written:
+    tables of `rows` rows each make the same file as all of them in one, in the memory of one row group."""
+    split = {name: "BYTE_STREAM_SPLIT" for f in schema if (name := _split_path(f))}
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=level, use_dictionary=False,
+                          column_encoding=split or None, write_page_checksum=True, write_page_index=True) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=rows)
+            # Or it would be in memory while the next is made.
+            del table
+    # Arrow keeps what it freed: buffers of several pages, and zstd's tables.
+    pa.default_memory_pool().release_unused()
+
+
+def rows_per_group(num_rows: int, num_bytes: int) -> int:
+    """How many of `num_rows` rows, of `num_bytes` decoded bytes in all, make a row group."""
+    return max(1, int(ROW_GROUP_BYTES * num_rows / max(num_bytes, 1)))
 
 
 def _split_path(field: pa.Field) -> str | None:

@@ -69,9 +69,12 @@ def main_table(traces: Sequence[Trace], logprob_bits: int) -> tuple[pa.Table, ND
     for field in MAIN_SCHEMA:
         if field.name not in columns:
             columns[field.name] = _lists(traces, _attribute(field.name), field.type)
-    error_R = _head_tv(_concat(traces, "topk_logprobs_N"), columns["topk_logprobs"].values.to_numpy(),
-                       _concat(traces, "topk_counts_R"))
-    return pa.table([columns[name] for name in MAIN_SCHEMA.names], schema=MAIN_SCHEMA), error_R
+    table = pa.table([columns[name] for name in MAIN_SCHEMA.names], schema=MAIN_SCHEMA)
+    rounded_N, edges = _flat(table["topk_logprobs"])
+    # One trace at a time: float64 takes several times what the shard does.
+    errors = [_head_tv(t.topk_logprobs_N, rounded_N[start:stop], t.topk_counts_R)
+              for t, start, stop in zip(traces, edges[:-1], edges[1:], strict=True)]
+    return table, np.concatenate([np.empty(0), *errors])
 
 
 def write_main(path: Path, table: pa.Table, info: ShardInfo) -> None:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from distill_pipe.errors import DamageError
 from distill_pipe.store.codec import HiddenBlob, bytes_per_element, check_blob, has_scale
 from distill_pipe.store.manifest import Run, decode_record
-from distill_pipe.store.parquet import Limit, read_footer_value, read_table
-from distill_pipe.store.parquet_writer import METADATA_KEY, write_table
+from distill_pipe.store.parquet import Limit, check_table, read_footer_value, read_table
+from distill_pipe.store.parquet_writer import METADATA_KEY, rows_per_group, write_row_groups
 from distill_pipe.store.spec import FORMAT_VERSION, HiddenCodec
 from distill_pipe.store.trace import Trace
 
@@ -74,16 +74,23 @@ def sidecar_schema(codec: HiddenCodec, layers: Sequence[int]) -> pa.Schema:
 
 
 def write_sidecar(path: Path, traces: Sequence[EncodedTrace], info: SidecarInfo) -> None:
-    """Write the hidden states of a shard's traces."""
-    columns = [pa.array([t.trace.ordinal for t in traces], pa.int64())]
-    for layer in info.layers:
-        blobs = [t.blobs[layer] for t in traces]
-        columns.append(pa.array([b.data for b in blobs], pa.large_binary()))
-        if has_scale(info.codec):
-            columns.append(pa.array([b.scale_T for b in blobs], _SCALES))
-    schema = sidecar_schema(info.codec, info.layers)
-    table = pa.table(columns, schema.with_metadata({METADATA_KEY: msgspec.json.encode(info, order="deterministic")}))
-    write_table(path, table)
+    """Write the hidden states of a shard's traces, one row group at a time: the shard itself may fill the memory."""
+    record = msgspec.json.encode(info, order="deterministic")
+    schema = sidecar_schema(info.codec, info.layers).with_metadata({METADATA_KEY: record})
+    rows = rows_per_group(len(traces), _table_bytes(traces, info))
+    starts = range(0, max(len(traces), 1), rows)
+    write_row_groups(path, schema, (_table(traces[i:i + rows], info, schema) for i in starts), rows)
+
+
+def check_written_sidecar(path: Path, traces: Sequence[EncodedTrace], info: SidecarInfo) -> None:
+    """Read a sidecar that was just written, in as little memory; raises DamageError unless all of it decodes and it
+    holds these traces."""
+    tokens = sum(t.trace.num_tokens for t in traces)
+    schema, limits = sidecar_schema(info.codec, info.layers), _limits(info, info.layers, len(traces), tokens)
+    check_table(path, schema, limits)
+    # Arrow keeps what it freed, and what comes next is mostly not allocated by it.
+    pa.default_memory_pool().release_unused()
+    require_same_traces(read_sidecar(path, info, (), len(traces), tokens), [t.trace.ordinal for t in traces])
 
 
 def read_sidecar_info(path: Path) -> SidecarInfo:
@@ -103,13 +110,7 @@ def read_sidecar(path: Path, info: SidecarInfo, layers: Sequence[int], traces: i
     Raises:
         DamageError: naming file, row group and column.
     """
-    positions = max(tokens - traces, 0)
-    blobs = Limit(values=traces, value_bytes=positions * info.hidden_size * bytes_per_element(info.codec) + 4 * traces)
-    limits = {"ordinal": Limit(values=traces)}
-    for layer in layers:
-        limits[layer_column(layer)] = blobs
-        limits[scale_column(layer)] = Limit(values=positions)
-    return read_table(path, sidecar_schema(info.codec, layers), limits)
+    return read_table(path, sidecar_schema(info.codec, layers), _limits(info, layers, traces, tokens))
 
 
 def blobs_of(table: pa.Table, info: SidecarInfo, index: int) -> dict[int, HiddenBlob]:
@@ -144,3 +145,40 @@ def require_same_traces(table: pa.Table, ordinals: Sequence[int]) -> None:
     """Raises DamageError unless the sidecar's rows are those of the main shard, in the same order."""
     if table["ordinal"].to_pylist() != list(ordinals):
         raise DamageError("the hidden-state sidecar does not hold the traces of its main shard")
+
+
+def _table(traces: Sequence[EncodedTrace], info: SidecarInfo, schema: pa.Schema) -> pa.Table:
+    columns = [pa.array([t.trace.ordinal for t in traces], pa.int64())]
+    for layer in info.layers:
+        blobs = [t.blobs[layer] for t in traces]
+        columns.append(_joined(blobs))
+        if has_scale(info.codec):
+            columns.append(pa.array([b.scale_T for b in blobs], _SCALES))
+    return pa.table(columns, schema)
+
+
+def _joined(blobs: Sequence[HiddenBlob]) -> pa.LargeBinaryArray:
+    """A column of blobs. Appending them one by one would take up to three times their bytes, since a builder that grows
+    holds old and new; a single blob is not copied at all."""
+    offsets = np.cumsum([0] + [len(b.data) for b in blobs])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join([b.data for b in blobs]))]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(blobs), buffers)
+
+
+def _table_bytes(traces: Sequence[EncodedTrace], info: SidecarInfo) -> int:
+    """`nbytes` of the table of all traces, which decides on the row groups: values, and the offsets of blobs (8 bytes)
+    and of lists of scales (4)."""
+    blobs = [t.blobs[layer] for t in traces for layer in info.layers]
+    scales = [4 + b.scale_T.nbytes for b in blobs if b.scale_T is not None]
+    return 8 * len(traces) + sum(8 + len(b.data) for b in blobs) + sum(scales)
+
+
+def _limits(info: SidecarInfo, layers: Sequence[int], traces: int, tokens: int) -> dict[str, Limit]:
+    """What the columns of a sidecar may hold at the most, by what the shard's record says."""
+    positions = max(tokens - traces, 0)
+    blobs = Limit(values=traces, value_bytes=positions * info.hidden_size * bytes_per_element(info.codec) + 4 * traces)
+    limits = {"ordinal": Limit(values=traces)}
+    for layer in layers:
+        limits[layer_column(layer)] = blobs
+        limits[scale_column(layer)] = Limit(values=positions)
+    return limits
