@@ -4,19 +4,20 @@
 
 Prints what was stored, how long it took, and how much memory it took at most. See `test_sink.py`.
 
-Shapes: T tokens, V vocabulary, R supervised rows, L layers, H hidden size.
+Shapes: T tokens, V vocabulary, R supervised rows, H hidden size.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tiny_datasets import Shape, start_run, trace_from_logits
 
-from distill_pipe.produce.assembly import FinishedTrace, StepRows
+from distill_pipe.produce.assembly import FinishedTrace
+from distill_pipe.produce.captured import CapturedStep, Part
 from distill_pipe.produce.sink import ShardOutcome, ShardSink
 from distill_pipe.produce.step import NO_TOKEN
 from distill_pipe.store.plan import shard_range
@@ -28,20 +29,24 @@ SECONDS = 60
 DISK_BYTES_PER_SECOND = 1_000_000
 
 
-def rows_of(trace: Trace, first: int, stop: int, shape: Shape = SHAPE) -> StepRows:
-    """Positions [first, stop) of a trace as an engine's step delivers them."""
-    inside_R = (trace.positions_R >= first) & (trace.positions_R < stop)
-    by_row = [trace.topk_ids_N.reshape(-1, shape.top_k), trace.topk_logprobs_N.reshape(-1, shape.top_k),
-              trace.logsumexp_R, trace.tail_mass_R, trace.tail_ids_N.reshape(-1, shape.tail_samples),
-              trace.tail_logprobs_N.reshape(-1, shape.tail_samples), trace.next_logprob_R,
-              np.full(trace.num_rows, NO_TOKEN)]
-    head = tuple(part[inside_R] for part in by_row) if inside_R.any() else ()
-    hidden_TLH = np.stack([trace.hidden[n] for n in shape.layers], axis=1)
-    return StepRows(first, hidden_TLH[first:stop], trace.positions_R[inside_R], head)
+def step_of(parts: Sequence[tuple[Trace, int, int]], shape: Shape = SHAPE) -> CapturedStep:
+    """Positions [first, stop) of each trace as an engine's step delivers them on a CPU."""
+    found, heads, states = [], [], []
+    for trace, first, stop in parts:
+        inside_R = (trace.positions_R >= first) & (trace.positions_R < stop)
+        by_row = [trace.topk_ids_N.reshape(-1, shape.top_k), trace.topk_logprobs_N.reshape(-1, shape.top_k),
+                  trace.logsumexp_R, trace.tail_mass_R, trace.tail_ids_N.reshape(-1, shape.tail_samples),
+                  trace.tail_logprobs_N.reshape(-1, shape.tail_samples), trace.next_logprob_R,
+                  np.full(trace.num_rows, NO_TOKEN)]
+        found.append(Part(trace.ordinal, first, stop, trace.positions_R[inside_R]))
+        heads.append([part[inside_R] for part in by_row])
+        states.append(np.stack([trace.hidden[n][first:stop] for n in shape.layers]))
+    head = [np.concatenate(fields) for fields in zip(*heads, strict=True)]
+    return CapturedStep(found, head, [np.concatenate(states, axis=1)])
 
 
-def whole_step(trace: Trace, shape: Shape = SHAPE) -> list[tuple[int, StepRows]]:
-    return [(trace.ordinal, rows_of(trace, 0, trace.num_tokens - 1, shape))]
+def whole_step(trace: Trace, shape: Shape = SHAPE) -> CapturedStep:
+    return step_of([(trace, 0, trace.num_tokens - 1)], shape)
 
 
 def finished(trace: Trace) -> FinishedTrace:

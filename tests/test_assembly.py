@@ -4,7 +4,7 @@ Shapes: T tokens, R supervised rows, n rows of one step, V vocabulary, H hidden 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 
 from distill_pipe.errors import CaptureError, NotFiniteError
 from distill_pipe.produce.assembly import Assembler, FinishedTrace, StepRows
+from distill_pipe.produce.captured import CapturedStep, Part, by_prompt, coded_step
 from distill_pipe.produce.head import HeadReducer, row_uniforms
+from distill_pipe.store.hidden_codec import encode_hidden
+from distill_pipe.store.sidecar import EncodedTrace
 from distill_pipe.store.spec import CaptureSpec
-from distill_pipe.store.trace import Trace
 
 VOCAB, HIDDEN, TOP_K, SAMPLES, LAYERS = 12, 3, 12, 2, (1, 4)
 EXTRA = 3
+CAPTURE = CaptureSpec(layers=LAYERS, hidden_codec="f32")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Fed:
         """Positions [first, stop) as a step delivers them: states of all, head rows where the next token is wanted."""
         mask = self.done.loss_mask + [True] * (EXTRA + 1)
         positions = np.array([p for p in range(first, stop) if every_position or mask[p + 1]], np.int64)
-        head = tuple(part[positions] for part in self.head) if len(positions) else ()
-        return StepRows(first, self.hidden_TLH[first:stop], positions, head)
+        step = CapturedStep([Part(self.done.ordinal, first, stop, positions)], [part[positions] for part in self.head],
+                            [self.hidden_TLH[first:stop].transpose(1, 0, 2).copy()])
+        [(_, rows)] = by_prompt(coded_step(step, CAPTURE.hidden_codec))
+        return rows
 
     @property
     def length(self) -> int:
@@ -66,28 +71,27 @@ def make_sequence(ordinal: int, length: int = 9, given_text: bool = False, top_k
     return Fed(done, (*reduced, sampled_T), random.normal(size=(total, 2, HIDDEN)).astype(np.float32))
 
 
-def assemble(steps: Sequence[tuple[int, StepRows]], done: FinishedTrace, layers: Sequence[int] = LAYERS) -> Trace:
-    assembler = Assembler(layers)
+def assemble(steps: Sequence[tuple[int, StepRows]], done: FinishedTrace,
+             capture: CaptureSpec = CAPTURE) -> EncodedTrace:
+    assembler = Assembler(capture)
     for ordinal, rows in steps:
         assembler.add(ordinal, rows)
     return assembler.finish(done)
 
 
-def whole(sequence: Fed) -> Trace:
+def whole(sequence: Fed) -> EncodedTrace:
     return assemble([(sequence.done.ordinal, sequence.rows(0, sequence.length - 1))], sequence.done)
 
 
-def assert_equal(a: Trace, b: Trace) -> None:
-    for name in Trace.__dataclass_fields__:
-        if name != "hidden":
-            assert np.array_equal(getattr(a, name), getattr(b, name)), name
-    assert set(a.hidden) == set(b.hidden)
-    assert all(np.array_equal(a.hidden[n], b.hidden[n]) for n in a.hidden)
+def assert_equal(a: EncodedTrace, b: EncodedTrace) -> None:
+    np.testing.assert_equal(asdict(a), asdict(b))
+    assert set(a.blobs) == set(a.errors) == set(LAYERS)
 
 
 def test_a_trace_holds_the_rows_of_its_supervised_positions() -> None:
     sequence = make_sequence(3, given_text=True, top_k=4)
-    trace = whole(sequence)
+    encoded = whole(sequence)
+    trace = encoded.trace
     positions_R = np.flatnonzero(sequence.done.loss_mask[1:])
     ids, logprobs, logsumexp, mass, tail_ids, _, next_logprob, _ = sequence.head
     assert trace.positions_R.tolist() == positions_R.tolist()
@@ -99,11 +103,14 @@ def test_a_trace_holds_the_rows_of_its_supervised_positions() -> None:
     assert trace.next_logprob_R.tolist() == next_logprob[positions_R].tolist()
     assert (trace.prompt_id, trace.domain, trace.finish_reason) == ("p3", "domain", "given")
     for i, layer in enumerate(LAYERS):
-        assert np.array_equal(trace.hidden[layer], sequence.hidden_TLH[:sequence.length - 1, i])
+        exact_TH = torch.from_numpy(sequence.hidden_TLH[:sequence.length - 1, i])
+        assert encoded.blobs[layer] == encode_hidden(exact_TH, "f32")
+        # Positions 0, 1, 2 and 4, of 8.
+        assert encoded.errors[layer].tolist() == [0.0] * 4
 
 
 def test_rows_without_a_tail_store_no_samples() -> None:
-    trace = whole(make_sequence(1, top_k=VOCAB))
+    trace = whole(make_sequence(1, top_k=VOCAB)).trace
     assert trace.tail_counts_R.tolist() == [0] * trace.num_rows
 
 
@@ -118,7 +125,7 @@ def test_any_split_into_steps_in_any_order_assembles_the_same_trace(data: st.Dat
         cuts = sorted(data.draw(st.sets(st.integers(1, stop - 1)))) if stop > 1 else []
         edges = [0, *cuts, stop]
         steps += [(sequence.done.ordinal, sequence.rows(a, b)) for a, b in pairwise(edges)]
-    assembler = Assembler(LAYERS)
+    assembler = Assembler(CAPTURE)
     for ordinal, rows in data.draw(st.permutations(steps)):
         assembler.add(ordinal, rows)
     for sequence in data.draw(st.permutations(sequences)):
@@ -128,14 +135,14 @@ def test_any_split_into_steps_in_any_order_assembles_the_same_trace(data: st.Dat
 def test_head_and_hidden_rows_may_come_in_steps_of_their_own() -> None:
     sequence = make_sequence(2)
     all_rows = sequence.rows(0, sequence.length - 1)
-    head, states = replace(all_rows, hidden_nLH=None), replace(all_rows, positions_n=np.empty(0, np.int64), head=())
+    head, states = replace(all_rows, states=None), replace(all_rows, positions_n=np.empty(0, np.int64), head=())
     assert_equal(assemble([(2, head), (2, states)], sequence.done), whole(sequence))
 
 
 def test_without_layers_no_states_are_needed_or_kept() -> None:
     sequence = make_sequence(2)
-    rows = replace(sequence.rows(0, sequence.length - 1), hidden_nLH=None)
-    assert assemble([(2, rows)], sequence.done, layers=()).hidden == {}
+    rows = replace(sequence.rows(0, sequence.length - 1), states=None)
+    assert assemble([(2, rows)], sequence.done, CaptureSpec()).blobs == {}
 
 
 def steps_of(sequence: Fed) -> list[tuple[int, StepRows]]:
@@ -202,7 +209,7 @@ def test_of_a_row_that_was_sampled_twice_the_copy_counts_whose_token_stayed(firs
     sequence = make_sequence(5)
     thrown_away = sequence.rows(4, 5)
     *fields, sampled = thrown_away.head
-    thrown_away = replace(thrown_away, hidden_nLH=None, head=(*(f + 1 for f in fields), (sampled + 1) % VOCAB))
+    thrown_away = replace(thrown_away, states=None, head=(*(f + 1 for f in fields), (sampled + 1) % VOCAB))
     steps = steps_of(sequence)
     steps.insert(0 if first else len(steps), (5, thrown_away))
     assert_equal(assemble(steps, sequence.done), whole(sequence))
@@ -210,7 +217,7 @@ def test_of_a_row_that_was_sampled_twice_the_copy_counts_whose_token_stayed(firs
 
 def test_of_two_copies_with_the_same_token_one_is_kept() -> None:
     sequence = make_sequence(5)
-    again = replace(sequence.rows(4, 5), hidden_nLH=None)
+    again = replace(sequence.rows(4, 5), states=None)
     assert_equal(assemble([*steps_of(sequence), (5, again)], sequence.done), whole(sequence))
 
 
@@ -250,7 +257,7 @@ def test_a_prompt_that_ended_without_a_supervised_token_is_refused(tokens: int) 
 
 def test_a_dropped_prompt_is_forgotten() -> None:
     sequence = make_sequence(5)
-    assembler = Assembler(LAYERS)
+    assembler = Assembler(CAPTURE)
     assembler.add(5, sequence.rows(0, 4))
     assembler.drop(5)
     assembler.add(5, sequence.rows(0, sequence.length - 1))

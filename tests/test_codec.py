@@ -3,6 +3,7 @@
 Shapes: N rows of H values per blob.
 """
 
+import hashlib
 import math
 from typing import get_args
 
@@ -25,7 +26,7 @@ from distill_pipe.store.codec import (
     has_scale,
     round_significant,
 )
-from distill_pipe.store.hidden_codec import decode_hidden, encode_hidden, relative_errors
+from distill_pipe.store.hidden_codec import code_rows, decode_hidden, encode_hidden, is_measured, relative_errors
 from distill_pipe.store.rotation import factors, hartley_signed, rotate, rotate_back
 from distill_pipe.store.spec import HiddenCodec
 
@@ -155,6 +156,43 @@ def test_not_a_number_with_every_bit_set_is_refused_too() -> None:
 def test_a_float32_that_would_round_to_an_infinite_bfloat16_is_refused(codec: HiddenCodec) -> None:
     with pytest.raises(NotFiniteError, match="1 positions are not finite, the first is position 1"):
         encode_hidden(torch.tensor([[1.0, 2.0], [1.0, 3.4e38]]), codec)
+
+
+# SHA-256 of bytes and scales, of 5 rows of 7 bfloat16 and 3 rows of 97 float16.
+DIGESTS: dict[HiddenCodec, tuple[str, str]] = {
+    "f32": ("54cd0e4e53dd129e", "06188911ed4b648e"), "bf16": ("bf37f7fe0e02fc75", "1bad2078b65d3b6c"),
+    "bf16-split": ("96969ab38403a810", "cc8f9ffe8992904f"), "fp8": ("67dce57fbf9fdd10", "0ec6695934af2a02"),
+    "q8": ("91d45edcac06010f", "bb02554a5061e172"), "q6": ("3f70aa89ffdda1e0", "c8eb92ff4ea321b5"),
+    "q5": ("f3d8acaeaf0807a0", "f2822d708be2a8bd"),
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("i", "rows", "width", "dtype"), [(0, 5, 7, torch.bfloat16), (1, 3, 97, torch.float16)])
+def test_blobs_are_those_that_were_always_written(codec: HiddenCodec, i: int, rows: int, width: int,
+                                                  dtype: torch.dtype) -> None:
+    exact_NH = gaussian(width, rows, seed=rows * 1000 + width)
+    exact_NH[:, width // 3] *= 300
+    exact_NH[1] = 0
+    blob = encode_hidden(exact_NH.to(dtype), codec)
+    scales = b"" if blob.scale_T is None else blob.scale_T.tobytes()
+    assert hashlib.sha256(bytes(blob.data) + scales).hexdigest().startswith(DIGESTS[codec][i])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_that_are_not_finite_are_marked_and_the_others_coded_as_without_them(codec: HiddenCodec) -> None:
+    exact_NH = gaussian(49, rows=9)
+    bad_NH = exact_NH.clone()
+    bad_NH[3, 7], bad_NH[5, 0] = math.nan, -math.inf
+    good, coded = code_rows(exact_NH, codec), code_rows(bad_NH, codec)
+    assert coded.scale_N.isfinite().tolist() == [n not in (3, 5) for n in range(9)]
+    kept = [n for n in range(9) if n not in (3, 5)]
+    assert torch.equal(coded.codes_NPW[kept], good.codes_NPW[kept])
+    assert torch.equal(coded.scale_N[kept], good.scale_N[kept])
+
+
+def test_measured_positions_are_the_first_the_powers_of_two_and_every_128th() -> None:
+    assert np.flatnonzero(is_measured(np.arange(600))).tolist() == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512]
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -197,7 +197,7 @@ def test_weights_of_a_hub_model_come_from_its_index_or_from_its_config(tmp_path:
 
 def test_capture_holds_a_chunk_of_logits_and_the_states_of_a_step(tmp_path: Path) -> None:
     found = memory_of(tmp_path, run_spec(), GROUPED, {"a": tensor("BF16", 0, 64)}, Device(kind="gpu", bytes=80 * GIB))
-    assert found.capture == 256 * 1000 * (2 * 4 + 2) + 2 * 16384 * 2 * 16 * 2
+    assert found.capture == 256 * 1000 * (2 * 4 + 2) + 16384 * 2 * 16 * (2 + 2 + 2)
 
 
 def test_a_target_larger_than_its_gpu_is_refused_with_the_numbers(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from feeder import (
     SlowRoot,
     decided,
     finished,
-    rows_of,
+    step_of,
     until,
     whole_step,
 )
@@ -129,7 +129,8 @@ def test_any_interleaving_of_steps_and_shards_commits_what_committing_each_shard
         sink = ShardSink(LocalRoot(Path(folder) / "out"), run, backlog_bytes)
         for name, *rest in calls:
             if name == "add":
-                sink.add([(o, rows_of(random_trace(o), first, stop)) for o, first, stop in rest[0]])
+                if rest[0]:
+                    sink.add(step_of([(random_trace(o), first, stop) for o, first, stop in rest[0]]))
             elif name == "finish":
                 sink.finish(rest[0], [finished(random_trace(rest[1]))])
             else:
@@ -147,16 +148,16 @@ def test_any_interleaving_of_steps_and_shards_commits_what_committing_each_shard
 def test_rows_are_not_looked_at_before_their_copy_from_the_device_is_done(root: LocalRoot, run: Run) -> None:
     sink, waited_on = ShardSink(root, run), []
     for trace in shard_traces(run, 0):
-        [(ordinal, rows)] = whole_step(trace)
-        assert rows.hidden_nLH is not None
-        arrived, in_flight = [rows.hidden_nLH, *rows.head], [np.full_like(a, 7) for a in (rows.hidden_nLH, *rows.head)]
+        step = whole_step(trace)
+        arrived = [*step.head, *step.states]
+        in_flight = [np.full_like(a, 7) for a in arrived]
 
         def copy(arrived: list[np.ndarray] = arrived, in_flight: list[np.ndarray] = in_flight) -> None:
             waited_on.append(threading.current_thread().name)
             for target, source in zip(in_flight, arrived, strict=True):
                 target[...] = source
 
-        sink.add([(ordinal, replace(rows, hidden_nLH=in_flight[0], head=tuple(in_flight[1:])))], copy)
+        sink.add(replace(step, head=in_flight[:-1], states=in_flight[-1:], ready=copy))
         sink.finish(0, [finished(trace)])
     sink.commit(0, [])
     [outcome] = decided(sink, 1)
@@ -169,11 +170,10 @@ def test_rows_are_not_looked_at_before_their_copy_from_the_device_is_done(root: 
 def test_a_step_is_let_go_once_its_rows_are_taken_however_long_its_prompts_run(root: LocalRoot, run: Run) -> None:
     sink, gone = ShardSink(root, run), []
     for trace in shard_traces(run, 0):
-        [(ordinal, rows)] = whole_step(trace)
-        assert rows.hidden_nLH is not None
-        gone += [weakref.ref(rows.hidden_nLH.base), *(weakref.ref(part) for part in rows.head)]
-        sink.add([(ordinal, rows)])
-        del rows
+        step = whole_step(trace)
+        gone += [weakref.ref(array) for array in (*step.head, *step.states)]
+        sink.add(step)
+        del step
     until(lambda: all(reference() is None for reference in gone))
     for trace in shard_traces(run, 0):
         sink.finish(0, [finished(trace)])
@@ -204,7 +204,7 @@ def test_a_prompt_with_a_value_that_is_not_finite_is_quarantined_and_its_shard_c
 def test_rows_that_are_missing_fail_their_shard_and_no_other(root: LocalRoot, run: Run) -> None:
     sink = ShardSink(root, run)
     first, *others = shard_traces(run, 1)
-    sink.add([(first.ordinal, rows_of(first, 1, first.num_tokens - 1))])
+    sink.add(step_of([(first, 1, first.num_tokens - 1)]))
     sink.finish(1, [finished(first)])
     feed(sink, run, 0)
     for trace in others:
@@ -334,7 +334,7 @@ def device_lost() -> None:
 
 def test_a_copy_from_the_device_that_fails_is_raised_by_the_next_call(root: LocalRoot, run: Run) -> None:
     sink = ShardSink(root, run)
-    sink.add(whole_step(random_trace(0)), device_lost)
+    sink.add(replace(whole_step(random_trace(0)), ready=device_lost))
     until(lambda: dead(sink))
     with pytest.raises(CaptureError, match="device lost"):
         sink.commit(0, [])

@@ -6,8 +6,10 @@ random steps over a linear head; whatever the steps, the traces must be the same
 Shapes: T tokens, N rows of a step, L layers, H hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import get_args
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,12 @@ from hypothesis import strategies as st
 
 from distill_pipe.errors import CaptureError
 from distill_pipe.produce.assembly import Assembler, FinishedTrace
+from distill_pipe.produce.captured import by_prompt, coded_step, codes_in_step
 from distill_pipe.produce.head import WHOLE, VocabShard
 from distill_pipe.produce.step import NO_TOKEN, Request, StepCapture, StepView, Wanted
-from distill_pipe.store.spec import CaptureSpec
-from distill_pipe.store.trace import Trace
+from distill_pipe.store.hidden_codec import decode_hidden, is_measured, relative_errors
+from distill_pipe.store.sidecar import EncodedTrace
+from distill_pipe.store.spec import CaptureSpec, HiddenCodec
 
 HIDDEN, VOCAB, LAYERS = 8, 300, (1, 2)
 CAPTURE = CaptureSpec(top_k=5, tail_samples=3, layers=LAYERS, hidden_codec="f32", logprob_bits=24)
@@ -82,21 +86,26 @@ def expected_next(sequence: Sequence) -> np.ndarray:
     return np.array([logprobs_TV[t, sequence.token_ids[t + 1]] for t in rows], np.float32)
 
 
-def finish(assembler: Assembler, sequence: Sequence) -> Trace:
+def finish(assembler: Assembler, sequence: Sequence) -> EncodedTrace:
     return assembler.finish(FinishedTrace(sequence.ordinal, "p", None, "stop", sequence.token_ids, sequence.loss_mask))
 
 
-def run(steps: list[StepView], found: list[Sequence], assembler: Assembler, shard: VocabShard = WHOLE) -> None:
-    capture = StepCapture(CAPTURE, 3, compute_logits, shard)
+def run(steps: list[StepView], found: list[Sequence], assembler: Assembler, shard: VocabShard = WHOLE,
+        spec: CaptureSpec = CAPTURE, in_step: bool = False) -> None:
+    capture = StepCapture(spec, 3, compute_logits, shard, code=lambda _: in_step)
     for sequence in found:
         capture.open(str(sequence.ordinal), request_of(sequence))
     for view in steps:
         step = capture.step(view)
-        for ordinal, rows in step.rows if step else ():
+        if step is None:
+            continue
+        assert len(step.states) == (3 if in_step else 1)
+        for ordinal, rows in by_prompt(coded_step(step, spec.hidden_codec)):
             assembler.add(ordinal, rows)
 
 
-def assert_right(trace: Trace, sequence: Sequence) -> None:
+def assert_right(encoded: EncodedTrace, sequence: Sequence) -> None:
+    trace = encoded.trace
     logprobs_RV = compute_logits(sequence.states(0)).log_softmax(-1)[torch.from_numpy(trace.positions_R)]
     top = logprobs_RV.topk(5)
     assert trace.topk_ids_N.tolist() == top.indices.reshape(-1).tolist()
@@ -104,7 +113,9 @@ def assert_right(trace: Trace, sequence: Sequence) -> None:
     np.testing.assert_allclose(trace.tail_mass_R, 1 - top.values.exp().sum(-1), atol=1e-5)
     np.testing.assert_allclose(trace.next_logprob_R, expected_next(sequence), atol=1e-5)
     for layer in LAYERS:
-        np.testing.assert_array_equal(trace.hidden[layer], sequence.states(layer)[:-1].numpy())
+        assert torch.equal(decode_hidden(encoded.blobs[layer], "f32", HIDDEN, dtype=torch.float32),
+                           sequence.states(layer)[:-1])
+        assert encoded.errors[layer].tolist() == [0.0] * is_measured(np.arange(trace.num_tokens - 1)).sum()
 
 
 @st.composite
@@ -147,10 +158,37 @@ def schedules(draw: st.DrawFn) -> tuple[list[Sequence], list[list[tuple[Sequence
 @given(schedules())
 def test_any_schedule_gives_the_same_traces(schedule) -> None:
     found, steps = schedule
-    assembler = Assembler(LAYERS)
+    assembler = Assembler(CAPTURE)
     run([view_of(step) for step in steps], found, assembler)
     for sequence in found:
         assert_right(finish(assembler, sequence), sequence)
+
+
+@settings(max_examples=80, deadline=None)
+@given(schedules(), st.sampled_from(get_args(HiddenCodec)), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_states_coded_in_the_step_and_states_coded_after_it_give_equal_traces(schedule, codec, dtype) -> None:
+    found, steps = schedule
+    spec = msgspec.structs.replace(CAPTURE, hidden_codec=codec)
+    views = [view_of(step) for step in steps]
+    views = [replace(v, aux=[aux_NH.to(dtype) for aux_NH in v.aux]) for v in views]
+    assemblers = []
+    for in_step in (True, False):
+        assemblers.append(Assembler(spec))
+        run(views, found, assemblers[-1], spec=spec, in_step=in_step)
+    for sequence in found:
+        a, b = (finish(assembler, sequence) for assembler in assemblers)
+        np.testing.assert_equal(asdict(a), asdict(b))
+        assert a.trace.num_tokens == len(sequence.token_ids)
+        for layer in LAYERS:
+            exact_TH = sequence.states(layer)[:-1].to(dtype).float()
+            decoded_TH = decode_hidden(a.blobs[layer], codec, HIDDEN, dtype=torch.float32)
+            assert relative_errors(exact_TH, decoded_TH)[is_measured(np.arange(len(exact_TH)))].tolist() == (
+                pytest.approx(a.errors[layer].tolist(), rel=1e-4, abs=1e-7))
+
+
+def test_a_gpu_codes_in_the_step_and_a_cpu_does_not() -> None:
+    assert codes_in_step(torch.device("cuda", 0))
+    assert not codes_in_step(torch.device("cpu"))
 
 
 WRITTEN = Sequence(0, [5, 9, 20, 30, 40, 50], [False, False, True, True, True, True], given=False)
@@ -159,17 +197,17 @@ WRITTEN = Sequence(0, [5, 9, 20, 30, 40, 50], [False, False, True, True, True, T
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_states_shifted_by_one_position_are_refused_in_the_first_steps(shift: int) -> None:
     view = view_of([(WRITTEN, 0, 4)])
-    run([view], [WRITTEN], Assembler(LAYERS))
+    run([view], [WRITTEN], Assembler(CAPTURE))
     shifted = StepView(view.request_ids, view.starts, view.lengths, view.hidden_NH.roll(shift, 0), view.aux,
                        view.logits_nV, view.sampled_n)
     with pytest.raises(CaptureError, match="are not those the engine samples from"):
-        run([shifted], [WRITTEN], Assembler(LAYERS))
+        run([shifted], [WRITTEN], Assembler(CAPTURE))
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_logits_of_another_request_are_refused_when_the_trace_is_finished(shift: int) -> None:
     other = Sequence(1, [7, 8, 21, 31, 41, 51], WRITTEN.loss_mask, given=False)
-    assembler = Assembler(LAYERS)
+    assembler = Assembler(CAPTURE)
     views = [view_of([(WRITTEN, a, b), (other, a, b)]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 5))]
     mixed = [StepView(v.request_ids, v.starts, v.lengths, v.hidden_NH, v.aux, v.logits_nV, v.sampled_n.roll(shift))
              for v in views]
@@ -184,7 +222,7 @@ def test_a_token_thrown_away_by_a_preemption_and_sampled_again_leaves_the_row_of
     # The engine samples after position 2, is preempted before the token counts, computes all again, and samples anew.
     steps = [view_of([(WRITTEN, 0, 2)]), view_of([(WRITTEN, 2, 3)], [thrown_away]), view_of([(WRITTEN, 0, 3)]),
              view_of([(WRITTEN, 3, 4)]), view_of([(WRITTEN, 4, 5)])]
-    assembler = Assembler(LAYERS)
+    assembler = Assembler(CAPTURE)
     run(steps, [WRITTEN], assembler)
     assert_right(finish(assembler, WRITTEN), WRITTEN)
 

@@ -3,21 +3,27 @@
 The engine mixes many requests in a step, splits one prompt over several steps, and computes rows again after a
 preemption. Whatever the order, a trace is accepted only when every supervised row and every hidden state is there
 exactly once, and when each row that a token was sampled from saw the very token that the engine delivered in the end;
-that second check is independent of our own bookkeeping and would catch rows shifted by one. Raw states stay in memory
-until their trace is whole.
+that second check is independent of our own bookkeeping and would catch rows shifted by one. States stay in memory coded
+until their trace is whole, beside the raw ones of a few positions, whose error is measured then.
 
-Shapes: T tokens, R supervised rows, n rows of one step, L layers, H hidden size.
+Shapes: T tokens, R supervised rows, n rows of one step, m of them that are measured, L layers, H hidden size, P planes
+of W bytes of a coded row.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distill_pipe.errors import CaptureError
+from distill_pipe.store.hidden_codec import CodedRows, as_tensor, encoded_trace, is_measured
+from distill_pipe.store.sidecar import EncodedTrace
+from distill_pipe.store.spec import CaptureSpec
 from distill_pipe.store.trace import Trace
 
 
@@ -32,23 +38,38 @@ class FinishedTrace(msgspec.Struct, frozen=True, array_like=True):
     loss_mask: list[bool]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class CodedStates:
+    """States of consecutive positions as `CodedRows`, for each layer, and raw (bfloat16 bits or float32) those of the
+    positions that are measured, None where there is none."""
+
+    codes_LnPW: NDArray[np.uint8]
+    scale_Ln: NDArray[np.float32]
+    exact_LmH: NDArray[Any] | None
+
+    def measured(self, first: int) -> NDArray[np.int64]:
+        """The positions in `exact_LmH`, when these states begin at `first`."""
+        positions_n = np.arange(first, first + self.scale_Ln.shape[1])
+        return positions_n[is_measured(positions_n)]
+
+
+@dataclass(slots=True)
 class StepRows:
     """What one engine step yields for one prompt: states of consecutive positions from `first_position`, and head rows
     for the positions in `positions_n`. `head` follows `HeadRows.tensors()`, then the token that was sampled from each
-    row, -1 where it was known before. `hidden_nLH` holds bfloat16 bits or float32."""
+    row, -1 where it was known before."""
 
     first_position: int
-    hidden_nLH: NDArray[np.float32] | NDArray[np.uint16] | None
+    states: CodedStates | None
     positions_n: NDArray[np.int64]
-    head: tuple[NDArray[np.float32], ...]
+    head: tuple[NDArray[Any], ...]
 
 
 class Assembler:
     """Collects step rows by prompt and turns them into traces."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
-        self._layers = tuple(layers)
+    def __init__(self, capture: CaptureSpec) -> None:
+        self._capture = capture
         self._steps: dict[int, list[StepRows]] = defaultdict(list)
 
     def add(self, ordinal: int, rows: StepRows) -> None:
@@ -59,43 +80,57 @@ class Assembler:
         """Forget a prompt that will not become a trace."""
         self._steps.pop(ordinal, None)
 
-    def finish(self, done: FinishedTrace) -> Trace:
-        """The trace of a finished prompt.
+    def finish(self, done: FinishedTrace) -> EncodedTrace:
+        """The trace of a finished prompt, as it is stored.
 
         Raises:
             CaptureError: rows are missing, doubled, or another token was drawn from them than the prompt has.
             NotFiniteError: a value is NaN or infinite.
         """
         steps = self._steps.pop(done.ordinal, [])
-        token_ids_T = np.asarray(done.token_ids, np.int32)
-        mask_T = np.asarray(done.loss_mask, bool)
-        wanted_R = np.flatnonzero(mask_T[1:])
-        with_rows = [s for s in steps if len(s.positions_n)]
-        if not len(wanted_R):
-            raise CaptureError(f"prompt {done.ordinal}: no token is supervised")
-        found_n = np.concatenate([s.positions_n for s in with_rows] or [wanted_R[:0]])
-        fields = [np.concatenate(parts) for parts in zip(*(s.head for s in with_rows), strict=True)]
-        kept = _kept_copies(found_n, fields[-1], token_ids_T, done.ordinal) if fields else np.empty(0, np.int64)
-        order = kept[_exactly_once(found_n[kept], wanted_R, done.ordinal, "head row")]
-        topk_ids_RK, topk_lp_RK, lse_R, mass_R, tail_ids_RM, tail_lp_RM, next_R, _ = (f[order] for f in fields)
-        head_RK, sampled_RM = topk_ids_RK >= 0, tail_ids_RM >= 0
-        return Trace(
-            ordinal=done.ordinal, prompt_id=done.prompt_id, domain=done.domain, finish_reason=done.finish_reason,
-            token_ids_T=token_ids_T, loss_mask_T=mask_T, logsumexp_R=lse_R, tail_mass_R=mass_R, next_logprob_R=next_R,
-            topk_counts_R=head_RK.sum(1).astype(np.int32), topk_ids_N=topk_ids_RK[head_RK].astype(np.int32),
-            topk_logprobs_N=topk_lp_RK[head_RK],
-            tail_counts_R=sampled_RM.sum(1).astype(np.int32), tail_ids_N=tail_ids_RM[sampled_RM].astype(np.int32),
-            tail_logprobs_N=tail_lp_RM[sampled_RM], hidden=self._hidden(steps, len(token_ids_T), done.ordinal))
+        trace = _without_states(done, steps)
+        if not self._capture.layers:
+            return EncodedTrace(trace)
+        coded, exact = self._states(steps, trace)
+        return encoded_trace(trace, coded, exact, self._capture.hidden_codec)
 
-    def _hidden(self, steps: list[StepRows], num_tokens: int,
-                ordinal: int) -> dict[int, NDArray[np.float32] | NDArray[np.uint16]]:
-        if not self._layers:
-            return {}
-        parts = [(s.first_position, s.hidden_nLH) for s in steps if s.hidden_nLH is not None]
-        found = np.concatenate([np.arange(p, p + len(h)) for p, h in parts] or [np.empty(0, np.int64)])
-        order = _exactly_once(found, np.arange(num_tokens - 1), ordinal, "hidden state")
-        all_nLH = np.concatenate([h for _, h in parts])
-        return {layer: np.ascontiguousarray(all_nLH[order, i]) for i, layer in enumerate(self._layers)}
+    def _states(self, steps: list[StepRows], trace: Trace) -> tuple[dict[int, CodedRows], dict[int, Tensor]]:
+        """By layer: the coded states of all positions, and the raw ones of those that are measured."""
+        parts = [(s.first_position, s.states) for s in steps if s.states is not None]
+        found = np.concatenate([np.arange(p, p + h.scale_Ln.shape[1]) for p, h in parts] or [np.empty(0, np.int64)])
+        order = _exactly_once(found, np.arange(trace.num_tokens - 1), trace.ordinal, "hidden state")
+        codes_LTPW = np.concatenate([h.codes_LnPW for _, h in parts], axis=1)[:, order]
+        scale_LT = np.concatenate([h.scale_Ln for _, h in parts], axis=1)[:, order]
+        exact = [(h.measured(p), h.exact_LmH) for p, h in parts if h.exact_LmH is not None]
+        positions = np.concatenate([p for p, _ in exact])
+        # Sorted, those past the end come last.
+        order = np.argsort(positions)[:np.count_nonzero(positions < trace.num_tokens - 1)]
+        exact_LMH = as_tensor(np.concatenate([h for _, h in exact], axis=1)[:, order])
+        layers = self._capture.layers
+        return ({n: CodedRows(torch.from_numpy(codes_LTPW[i]), torch.from_numpy(scale_LT[i]))
+                 for i, n in enumerate(layers)}, dict(zip(layers, exact_LMH, strict=True)))
+
+
+def _without_states(done: FinishedTrace, steps: list[StepRows]) -> Trace:
+    token_ids_T = np.asarray(done.token_ids, np.int32)
+    mask_T = np.asarray(done.loss_mask, bool)
+    wanted_R = np.flatnonzero(mask_T[1:])
+    with_rows = [s for s in steps if len(s.positions_n)]
+    if not len(wanted_R):
+        raise CaptureError(f"prompt {done.ordinal}: no token is supervised")
+    found_n = np.concatenate([s.positions_n for s in with_rows] or [wanted_R[:0]])
+    fields = [np.concatenate(parts) for parts in zip(*(s.head for s in with_rows), strict=True)]
+    kept = _kept_copies(found_n, fields[-1], token_ids_T, done.ordinal) if fields else np.empty(0, np.int64)
+    order = kept[_exactly_once(found_n[kept], wanted_R, done.ordinal, "head row")]
+    topk_ids_RK, topk_lp_RK, lse_R, mass_R, tail_ids_RM, tail_lp_RM, next_R, _ = (f[order] for f in fields)
+    head_RK, sampled_RM = topk_ids_RK >= 0, tail_ids_RM >= 0
+    return Trace(
+        ordinal=done.ordinal, prompt_id=done.prompt_id, domain=done.domain, finish_reason=done.finish_reason,
+        token_ids_T=token_ids_T, loss_mask_T=mask_T, logsumexp_R=lse_R, tail_mass_R=mass_R, next_logprob_R=next_R,
+        topk_counts_R=head_RK.sum(1).astype(np.int32), topk_ids_N=topk_ids_RK[head_RK].astype(np.int32),
+        topk_logprobs_N=topk_lp_RK[head_RK],
+        tail_counts_R=sampled_RM.sum(1).astype(np.int32), tail_ids_N=tail_ids_RM[sampled_RM].astype(np.int32),
+        tail_logprobs_N=tail_lp_RM[sampled_RM])
 
 
 def _exactly_once(found: NDArray[np.int64], wanted: NDArray[np.int64], ordinal: int, what: str) -> NDArray[np.int64]:

@@ -121,7 +121,7 @@ class CaptureMixin:
             step = self._step_capture.step(view(self.model_runner, state, logits_nV, sampled_n))
         self._step_seconds += time.monotonic() - started
         if step is not None and self._sink is not None:
-            self._sink.add(step.rows, step.ready)
+            self._sink.add(step)
 
     def capture_open(self, run: bytes, root: str) -> str | None:
         """RPC: start capturing for a run; its dataset is at `root`. Returns why it cannot be, where it cannot."""

@@ -120,7 +120,7 @@ def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device:
         engines=engines, devices_per_engine=options.devices, dtype=spec.target.dtype, weights=weights,
         weights_from=weights_from, kv_per_token=per_token,
         kv_batch=round(per_token * load.tokens * load.sequences), kv_least=per_token * spec.engine.max_model_len,
-        capture=_capture(spec, width, device.kind, options), host=_host(spec, load, width), device=device,
+        capture=_capture(spec, width, device.kind, options), host=_host(spec, load), device=device,
         fitting_sequences=None, assumptions=_assumptions(device.kind, options))
     if device.bytes is None:
         return memory
@@ -163,20 +163,21 @@ def _assumptions(kind: str, options: EngineOptions) -> tuple[str, ...]:
 
 def _capture(spec: RunSpec, width: int, kind: str, options: EngineOptions) -> int:
     """Copies of a chunk of logits of one part of the vocabulary, of float32 logits that are sampled from, and the
-    hidden states of the largest step, as delivered and as picked."""
+    hidden states of the largest step, as delivered, as picked, and coded."""
     chunk = CHUNK_ROWS * -(-spec.target.vocab_size // options.tensor_parallel_size) * (4 * _FLOAT32_COPIES + width)
     if width == _WIDTH["float32"]:
         chunk += options.max_num_seqs * spec.target.vocab_size * width
     tokens = max(CPU_BATCH_TOKENS, spec.engine.max_model_len) if kind == "cpu" else GPU_BATCH_TOKENS
-    return chunk + 2 * tokens * len(spec.capture.layers) * spec.target.hidden_size * width
+    element = 2 * width + bytes_per_element(spec.capture.hidden_codec)
+    return chunk + tokens * len(spec.capture.layers) * spec.target.hidden_size * element
 
 
-def _host(spec: RunSpec, load: Load, width: int) -> int:
-    """Raw states of sequences that run, encoded ones of the shards in flight, their rows, and one shard's table."""
+def _host(spec: RunSpec, load: Load) -> int:
+    """Coded states and rows of sequences that run and of the shards in flight, and one shard's table."""
     elements = load.tokens * len(spec.capture.layers) * spec.target.hidden_size
     row = 8 * (spec.capture.top_k + spec.capture.tail_samples) + 20
     trace = elements * bytes_per_element(spec.capture.hidden_codec) + load.rows * row
-    return round(load.sequences * elements * width + (SHARDS_IN_FLIGHT + 1) * spec.prompts_per_shard * trace)
+    return round((load.sequences + (SHARDS_IN_FLIGHT + 1) * spec.prompts_per_shard) * trace)
 
 
 def _kv_per_token(config: _Config, spec: RunSpec, width: int) -> int:

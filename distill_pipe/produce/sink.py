@@ -17,7 +17,7 @@ torch, numpy, Parquet and zstd release the GIL for nearly all of the work done h
 import queue
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,10 +27,10 @@ import msgspec
 import torch
 
 from distill_pipe.errors import DistillPipeError, NotFiniteError
-from distill_pipe.produce.assembly import Assembler, FinishedTrace, StepRows
+from distill_pipe.produce.assembly import Assembler, FinishedTrace
 from distill_pipe.produce.backlog import Backlog
+from distill_pipe.produce.captured import CapturedStep, by_prompt, coded_step
 from distill_pipe.store.commit import commit_shard
-from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Fragment, Run
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import QuarantinedPrompt
@@ -51,7 +51,7 @@ class ShardOutcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SinkTimes(msgspec.Struct, frozen=True, array_like=True):
-    """Where the time went so far: seconds of CPU that the thread spent on each kind of work (without the threads of
+    """Where the time went so far: seconds of CPU that the thread spent on each kind of work (encode: rows that came raw, on a CPU; without the threads of
     Arrow's own, which read back what was written), and seconds that the engine's thread stood still in `add`."""
 
     assemble_cpu_seconds: float
@@ -70,12 +70,12 @@ class _OpenShard:
 
 
 class ShardSink:
-    """Assembles, encodes and commits on a thread of its own. All public methods are called from the engine's thread and
+    """Encodes, assembles and commits on a thread of its own. All public methods are called from the engine's thread and
     raise CaptureError once that thread has died; only `add` can take long."""
 
     def __init__(self, root: LocalRoot, run: Run, backlog_bytes: int = BACKLOG_BYTES) -> None:
         self._root, self._run = root, run
-        self._assembler = Assembler(run.spec.capture.layers)
+        self._assembler = Assembler(run.spec.capture)
         self._open: dict[int, _OpenShard] = defaultdict(_OpenShard)
         self._outcomes: queue.SimpleQueue[ShardOutcome] = queue.SimpleQueue()
         self._cpu_seconds: defaultdict[str, float] = defaultdict(float)
@@ -84,16 +84,16 @@ class ShardSink:
         # the engine's would make both several times slower.
         self._backlog.put(partial(torch.set_num_threads, 1))
 
-    def add(self, step: Sequence[tuple[int, StepRows]], ready: Callable[[], object] | None = None) -> None:
-        """Queue what a step delivered, as (ordinal, rows) pairs; waits while too much is queued.
+    def add(self, step: CapturedStep) -> None:
+        """Queue what a step delivered; waits while too much is queued.
 
-        The rows are only borrowed until the thread has copied them. Where they are still being copied from a device,
-        `ready` waits for that; it is called on the thread, before the rows are looked at.
+        Its arrays are only borrowed until the thread has copied them. Where they are still being copied from a device,
+        `ready` waits for that; it is called on the thread, before they are looked at.
         """
-        self._backlog.put(partial(self._add, step, ready), sum(_nbytes(rows) for _, rows in step))
+        self._backlog.put(partial(self._add, step), step.nbytes)
 
     def finish(self, shard: int, traces: Sequence[FinishedTrace]) -> None:
-        """Queue finished prompts of a shard for assembly and encoding."""
+        """Queue finished prompts of a shard for assembly."""
         for done in traces:
             self._backlog.put(partial(self._finish, shard, done))
 
@@ -114,12 +114,14 @@ class ShardSink:
         busy = self._cpu_seconds
         return SinkTimes(busy["assemble"], busy["encode"], busy["commit"], self._backlog.waited_seconds)
 
-    def _add(self, step: Sequence[tuple[int, StepRows]], ready: Callable[[], object] | None) -> None:
-        if ready is not None:
-            ready()
+    def _add(self, step: CapturedStep) -> None:
+        if step.ready is not None:
+            step.ready()
+        with self._busy("encode"):
+            step = coded_step(step, self._run.spec.capture.hidden_codec)
         with self._busy("assemble"):
-            for ordinal, rows in step:
-                self._assembler.add(ordinal, _owned(rows))
+            for ordinal, rows in by_prompt(step):
+                self._assembler.add(ordinal, rows)
 
     def _finish(self, shard: int, done: FinishedTrace) -> None:
         held = self._open[shard]
@@ -127,9 +129,7 @@ class ShardSink:
             return self._assembler.drop(done.ordinal)
         try:
             with self._busy("assemble"):
-                trace = self._assembler.finish(done)
-            with self._busy("encode"):
-                held.traces.append(encode_trace(trace, self._run.spec.capture.hidden_codec))
+                held.traces.append(self._assembler.finish(done))
         except NotFiniteError as error:
             held.given_up.append(QuarantinedPrompt(done.ordinal, done.prompt_id, "not_finite", str(error)))
         except DistillPipeError as error:
@@ -161,15 +161,3 @@ class ShardSink:
 
 def _failure(shard: int, error: Exception) -> ShardOutcome:
     return ShardOutcome(shard, None, type(error).__name__, str(error))
-
-
-def _nbytes(rows: StepRows) -> int:
-    hidden = 0 if rows.hidden_nLH is None else rows.hidden_nLH.nbytes
-    return hidden + sum(part.nbytes for part in rows.head)
-
-
-def _owned(rows: StepRows) -> StepRows:
-    """The rows in memory of their own: a view would keep its whole step alive until the last prompt of it is finished,
-    and a buffer of the device with it."""
-    hidden_nLH = None if rows.hidden_nLH is None else rows.hidden_nLH.copy()
-    return StepRows(rows.first_position, hidden_nLH, rows.positions_n, tuple(part.copy() for part in rows.head))

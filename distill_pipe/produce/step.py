@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_pipe.errors import CaptureError
-from distill_pipe.produce.assembly import StepRows
+from distill_pipe.produce.captured import CapturedStep, Part, captured_step, codes_in_step, positions_of
 from distill_pipe.produce.head import CHUNK_ROWS, WHOLE, HeadReducer, VocabShard, row_uniforms
-from distill_pipe.produce.offload import to_host
 from distill_pipe.store.spec import CaptureSpec
 
 NO_TOKEN = -1
@@ -62,14 +61,6 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class CapturedStep:
-    """The rows of a step by ordinal. They may be read once `ready` has returned."""
-
-    rows: list[tuple[int, StepRows]]
-    ready: Callable[[], None] | None
-
-
-@dataclass(frozen=True, slots=True)
 class StepView:
     """One step of either model runner, in batch order: request i computed `lengths[i]` positions from `starts[i]`,
     which are rows `ends[i] - lengths[i]` to `ends[i]` of the states. The engine sampled `sampled_n[i]` from row i of
@@ -84,21 +75,13 @@ class StepView:
     sampled_n: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Positions [first, stop) of one request in a step; position p is row p + offset of the step's states. Head rows
-    are wanted at `positions`."""
+@dataclass(slots=True)
+class Segment(Part):
+    """What is wanted of request `index` of a step: position p is row p + offset of the step's states."""
 
     request: Request
     index: int
-    first: int
-    stop: int
     offset: int
-    positions: NDArray[np.int64]
-
-    @property
-    def state_rows(self) -> NDArray[np.int64]:
-        return np.arange(self.first, self.stop) + self.offset
 
 
 class StepCapture:
@@ -106,14 +89,15 @@ class StepCapture:
 
     `compute_logits` is the target's head, `[n, H]` states after the final norm to `[n, V]` logits of the tokens in
     `shard`. Where several devices run the same step, each computes its part of the rows, and only the one that `ships`
-    returns them.
+    returns them. `code` says on which devices the states are coded in the step.
     """
 
     def __init__(self, capture: CaptureSpec, seed: int, compute_logits: Callable[[Tensor], Tensor],
-                 shard: VocabShard = WHOLE, *, ships: bool = True) -> None:
+                 shard: VocabShard = WHOLE, *, ships: bool = True,
+                 code: Callable[[torch.device], bool] = codes_in_step) -> None:
         self._capture, self._seed, self._compute_logits, self._ships = capture, seed, compute_logits, ships
         self._whole, self._part = HeadReducer(capture), HeadReducer(capture, shard)
-        self._first = shard.first
+        self._first, self._code = shard.first, code
         self._steps_to_check = CHECKED_STEPS
         self._requests: dict[str, Request] = {}
 
@@ -142,12 +126,9 @@ class StepCapture:
         head = self._head(view, segments)
         if not self._ships:
             return None
-        hidden = []
-        if self._capture.layers:
-            rows = _on(view, np.concatenate([s.state_rows for s in segments]))
-            hidden = [torch.stack([aux_NH[rows] for aux_NH in view.aux], dim=1)]
-        host, ready = to_host([*head, *hidden])
-        return CapturedStep(_split(segments, host[:len(head)], host[-1] if hidden else None), ready)
+        hidden_LNH = self._states(view, segments) if self._capture.layers else None
+        return captured_step(segments, head, hidden_LNH, self._capture.hidden_codec,
+                             code=self._code(view.hidden_NH.device))
 
     def _segments(self, view: StepView) -> Iterator[Segment]:
         """The part of the step that is wanted and not captured yet, request by request.
@@ -167,7 +148,16 @@ class StepCapture:
                 positions = positions[request.next_tokens(positions) == NO_TOKEN]
             request.next_position = max(stop, request.next_position)
             if first < stop or len(positions):
-                yield Segment(request, i, first, stop, int(ends[i]) - stop, positions)
+                yield Segment(request.wanted.ordinal, first, stop, positions, request, i, int(ends[i]) - stop)
+
+    def _states(self, view: StepView, segments: Sequence[Segment]) -> Tensor:
+        """Copies of the wanted rows of all layers."""
+        offset_N = np.repeat([s.offset for s in segments], [s.stop - s.first for s in segments])
+        rows = _on(view, positions_of(segments) + offset_N)
+        hidden_LNH = view.aux[0].new_empty(len(view.aux), len(rows), view.aux[0].shape[1])
+        for layer, aux_NH in enumerate(view.aux):
+            torch.index_select(aux_NH, 0, rows, out=hidden_LNH[layer])
+        return hidden_LNH
 
     def _head(self, view: StepView, segments: Sequence[Segment]) -> list[Tensor]:
         """The stored part of every wanted row of the step, in segment order, and the token that the engine sampled
@@ -175,7 +165,7 @@ class StepCapture:
         counts = [len(s.positions) for s in segments]
         positions_R = np.concatenate([s.positions for s in segments])
         ordinal_R, offset_R, stop_R, index_R = np.repeat(
-            [(s.request.wanted.ordinal, s.offset, s.stop, s.index) for s in segments], counts, axis=0).T
+            [(s.ordinal, s.offset, s.stop, s.index) for s in segments], counts, axis=0).T
         uniform_R = row_uniforms(self._seed, ordinal_R, positions_R)
         next_R = np.concatenate([s.request.next_tokens(s.positions) for s in segments])
         state_R, last_R = positions_R + offset_R, positions_R == stop_R - 1
@@ -226,16 +216,3 @@ def _chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 def _on(view: StepView, array: NDArray[Any]) -> Tensor:
     """An array on the step's device."""
     return torch.from_numpy(array).to(view.hidden_NH.device, non_blocking=True)
-
-
-def _split(segments: Sequence[Segment], head: Sequence[NDArray[Any]],
-           hidden_nLH: NDArray[Any] | None) -> list[tuple[int, StepRows]]:
-    """The step's arrays cut into one `StepRows` per request."""
-    split, row, state = [], 0, 0
-    for s in segments:
-        rows, states = len(s.positions), s.stop - s.first
-        hidden = None if hidden_nLH is None else hidden_nLH[state:state + states]
-        fields = tuple(field[row:row + rows] for field in head) if rows else ()
-        split.append((s.request.wanted.ordinal, StepRows(s.first, hidden, s.positions, fields)))
-        row, state = row + rows, state + states
-    return split

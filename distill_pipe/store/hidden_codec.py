@@ -6,11 +6,13 @@ where that is more, so that no code is ever clipped and each rotated element is 
 keeps lengths: the error of a row is at most `step / 2 * sqrt(H)`, for any row. The trade-off: an error relative to the
 row and not to each channel, so where one channel dwarfs the rest, the rest is coarse; `bf16-split` has no such cost.
 
-Of the store, this file and `rotation` alone import torch. Shapes: N rows, T-1 positions of a trace, H hidden size.
+Of the store, this file and `rotation` alone import torch. Shapes: N rows, T-1 positions of a trace, M of them that are
+measured, H hidden size, P planes, W bytes of a row in one plane.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,11 +31,44 @@ from distill_pipe.store.codec import (
 from distill_pipe.store.rotation import rotate, rotate_back
 from distill_pipe.store.sidecar import EncodedTrace
 from distill_pipe.store.spec import HiddenCodec
-from distill_pipe.store.trace import Trace
+from distill_pipe.store.trace import Trace, nonfinite_layer
 
 # Rows are worked on in pieces that stay in a core's cache; on a GPU, in pieces that fill it.
-_CPU_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 18, 1 << 26
-_MEASURED_ROWS = 8
+_CPU_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 18, 1 << 24
+_MEASURED_STRIDE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Rows as a codec leaves them, on the device where they were: P planes of W bytes per row. `scale_N` is the step of
+    each row, or its largest element where the codec has no steps; it is not finite where the row is not."""
+
+    codes_NPW: Tensor
+    scale_N: Tensor
+
+
+def code_rows(hidden_NH: Tensor, codec: HiddenCodec) -> CodedRows:
+    """Code rows (float32, float16 or bfloat16) on their device, without waiting for it; what is not finite is marked.
+    Nothing of a row depends on the others, but for the last bit of a product."""
+    rows, width = hidden_NH.shape
+    planes = 2 if codec == "bf16-split" else 1
+    codes_NPW = torch.empty(rows, planes, width * bytes_per_element(codec) // planes, dtype=torch.uint8,
+                            device=hidden_NH.device)
+    scale_N = torch.empty(rows, device=hidden_NH.device)
+    for part in _chunks(hidden_NH):
+        scale_N[part] = _code(hidden_NH[part], codes_NPW[part], codec)
+    return CodedRows(codes_NPW, scale_N)
+
+
+def decode_rows(coded: CodedRows, codec: HiddenCodec, dtype: torch.dtype) -> Tensor:
+    """The rows again, `[N, H]`, on the same device."""
+    codes_NPW = coded.codes_NPW
+    if has_scale(codec):
+        return _dequantise(codes_NPW[:, 0], coded.scale_N, codec, dtype)
+    if codec == "bf16-split":
+        turned_NH = torch.stack((codes_NPW[:, 1], codes_NPW[:, 0]), dim=2).view(torch.int16).squeeze(2)
+        return (((turned_NH >> 1) & 0x7FFF) | (turned_NH << 15)).view(torch.bfloat16).to(dtype)
+    return codes_NPW[:, 0].view(torch.float32 if codec == "f32" else torch.bfloat16).to(dtype)
 
 
 def encode_hidden(hidden_NH: Tensor, codec: HiddenCodec) -> HiddenBlob:
@@ -43,18 +78,11 @@ def encode_hidden(hidden_NH: Tensor, codec: HiddenCodec) -> HiddenBlob:
         NotFiniteError: a value is NaN or infinite, or a row's length overflows float32; names the first row and how
             many there are.
     """
-    hidden_NH = hidden_NH.detach()
-    if has_scale(codec):
-        codes_NH = torch.empty(hidden_NH.shape, dtype=torch.uint8, device=hidden_NH.device)
-        scale_N = torch.empty(len(hidden_NH), device=hidden_NH.device)
-        for rows in _chunks(hidden_NH):
-            codes_NH[rows], scale_N[rows] = _quantise(hidden_NH[rows].float(), codec)
-        _require_finite(scale_N.isfinite())
-        return HiddenBlob(_bytes(codes_NH), scale_N.cpu().numpy())
-    hidden_NH = hidden_NH.to(torch.float32 if codec == "f32" else torch.bfloat16)
-    # The largest of a row is NaN or infinite where any element is, and four times as fast to find.
-    _require_finite(_largest(hidden_NH).isfinite())
-    return HiddenBlob(_bytes(_split(hidden_NH) if codec == "bf16-split" else hidden_NH))
+    coded = code_rows(hidden_NH.detach(), codec)
+    bad_rows = _not_finite(coded)
+    if len(bad_rows):
+        raise NotFiniteError(f"{len(bad_rows)} positions are not finite, the first is position {bad_rows[0]}")
+    return _blob(coded, codec)
 
 
 def decode_hidden(blob: HiddenBlob, codec: HiddenCodec, hidden_size: int, *, dtype: torch.dtype = torch.bfloat16,
@@ -70,35 +98,49 @@ def decode_hidden(blob: HiddenBlob, codec: HiddenCodec, hidden_size: int, *, dty
     if len(blob.data) % width or scales != rows * has_scale(codec):
         raise DamageError(f"a hidden-state blob of {len(blob.data)} bytes and {scales} scales does not hold rows of "
                           f"{width} bytes")
-    raw = torch.from_numpy(np.frombuffer(blob.data, np.uint8).copy()).to(device)
-    if blob.scale_T is not None:
-        return _dequantise(raw.view(rows, hidden_size), torch.from_numpy(blob.scale_T.copy()).to(device), codec, dtype)
-    if codec == "f32":
-        return raw.view(torch.float32).view(rows, hidden_size).to(dtype)
-    if codec == "bf16-split":
-        high_low_2N = raw.view(2, -1)
-        turned_N = torch.stack((high_low_2N[1], high_low_2N[0]), dim=1).view(torch.int16).view(-1)
-        raw = (((turned_N >> 1) & 0x7FFF) | (turned_N << 15)).view(torch.uint8)
-    return raw.view(torch.bfloat16).view(rows, hidden_size).to(dtype)
+    planes = 2 if codec == "bf16-split" else 1
+    codes_PNW = torch.from_numpy(np.frombuffer(blob.data, np.uint8).copy()).to(device).view(planes, rows, -1)
+    scale_N = torch.empty(0) if blob.scale_T is None else torch.from_numpy(blob.scale_T.copy()).to(device)
+    return decode_rows(CodedRows(codes_PNW.transpose(0, 1), scale_N), codec, dtype)
+
+
+def is_measured(positions_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which positions of a trace have the error of their states measured: 0, the powers of two and the multiples of
+    128. By position alone, since a row is coded before anybody knows how long its trace will be. A trace of 100
+    positions has 8, one of 1,000 has 15, and one in a hundred after that."""
+    measured_N: NDArray[np.bool_] = (positions_N & (positions_N - 1) == 0) | (positions_N % _MEASURED_STRIDE == 0)
+    return measured_N
 
 
 def encode_trace(trace: Trace, codec: HiddenCodec) -> EncodedTrace:
-    """Encode all hidden states of a trace, measure the error of some rows, and let go of the raw states.
+    """Encode all hidden states of a trace and let go of the raw ones.
 
     Raises:
         NotFiniteError: naming the layer.
     """
-    blobs: dict[int, HiddenBlob] = {}
-    errors: dict[int, NDArray[np.float32]] = {}
-    for layer, array_TH in trace.hidden.items():
-        hidden_TH = as_tensor(array_TH)
-        try:
-            blobs[layer] = encode_hidden(hidden_TH, codec)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"prompt {trace.ordinal}: layer {layer}: {error}") from None
-        errors[layer] = _measured_errors(hidden_TH, codec)
+    hidden = {layer: as_tensor(array_TH) for layer, array_TH in trace.hidden.items()}
+    picked_M = torch.from_numpy(np.flatnonzero(is_measured(np.arange(trace.num_tokens - 1))))
     trace.hidden.clear()
-    return EncodedTrace(trace, blobs, errors)
+    return encoded_trace(trace, {layer: code_rows(hidden_TH, codec) for layer, hidden_TH in hidden.items()},
+                         {layer: hidden_TH[picked_M] for layer, hidden_TH in hidden.items()}, codec)
+
+
+def encoded_trace(trace: Trace, coded: Mapping[int, CodedRows], exact: Mapping[int, Tensor],
+                  codec: HiddenCodec) -> EncodedTrace:
+    """A trace with its coded states by layer, held against the raw ones of the positions that are measured.
+
+    Raises:
+        NotFiniteError: naming the layer.
+    """
+    picked_M = torch.from_numpy(np.flatnonzero(is_measured(np.arange(trace.num_tokens - 1))))
+    errors: dict[int, NDArray[np.float32]] = {}
+    for layer, rows in coded.items():
+        bad_rows = _not_finite(rows)
+        if len(bad_rows):
+            raise nonfinite_layer(trace.ordinal, layer, bad_rows)
+        stored_MH = decode_rows(CodedRows(rows.codes_NPW[picked_M], rows.scale_N[picked_M]), codec, torch.float32)
+        errors[layer] = relative_errors(exact[layer], stored_MH).float().numpy()
+    return EncodedTrace(trace, {layer: _blob(rows, codec) for layer, rows in coded.items()}, errors)
 
 
 def decode_layers(blobs: Mapping[int, HiddenBlob], codec: HiddenCodec, hidden_size: int) -> dict[int, Tensor]:
@@ -120,14 +162,22 @@ def relative_errors(exact_NH: Tensor, decoded_NH: Tensor) -> Tensor:
     return torch.where(error_N == 0, 0.0, error_N / length_N)
 
 
-def _split(rows_NH: Tensor) -> Tensor:
-    """Two planes of bytes. The sign goes to the bottom: the upper byte is then the whole exponent, which barely varies
-    along a trace."""
-    bits_NH = rows_NH.view(torch.int16)
-    turned_NH = (bits_NH << 1) | ((bits_NH >> 15) & 1)
-    planes_2NH = torch.empty(2, *rows_NH.shape, dtype=torch.uint8, device=rows_NH.device)
-    planes_2NH[0], planes_2NH[1] = turned_NH >> 8, turned_NH
-    return planes_2NH
+def _code(rows_NH: Tensor, codes_NPW: Tensor, codec: HiddenCodec) -> Tensor:
+    """Code rows into `codes_NPW`; their scales."""
+    if has_scale(codec):
+        codes_NH, scale_N = _quantise(rows_NH.float(), codec)
+        codes_NPW[:, 0] = codes_NH
+        return scale_N
+    rows_NH = rows_NH.to(torch.float32 if codec == "f32" else torch.bfloat16).contiguous()
+    if codec == "bf16-split":
+        # The sign goes to the bottom: the upper byte is then the whole exponent, which barely varies along a trace.
+        bits_NH = rows_NH.view(torch.int16)
+        turned_NH = (bits_NH << 1) | ((bits_NH >> 15) & 1)
+        codes_NPW[:, 0], codes_NPW[:, 1] = turned_NH >> 8, turned_NH
+    else:
+        codes_NPW[:, 0] = rows_NH.view(torch.uint8)
+    # The largest of a row is NaN or infinite where any element is, and four times as fast to find.
+    return _largest(rows_NH)
 
 
 def _quantise(rows_NH: Tensor, codec: HiddenCodec) -> tuple[Tensor, Tensor]:
@@ -164,27 +214,18 @@ def _round_up(scale_N: Tensor) -> Tensor:
     return torch.where(scale_N.isfinite(), rounded_N, scale_N).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _measured_errors(hidden_TH: Tensor, codec: HiddenCodec) -> NDArray[np.float32]:
-    """Relative errors of a few evenly spaced rows; the first is one of them, since its activations are the largest."""
-    picked_NH = hidden_TH[torch.linspace(0, len(hidden_TH) - 1, min(_MEASURED_ROWS, len(hidden_TH))).long()]
-    # Rows are coded one by one, so those few again are what the blob holds of them.
-    decoded_NH = decode_hidden(encode_hidden(picked_NH, codec), codec, hidden_TH.shape[1], dtype=torch.float32)
-    errors: NDArray[np.float32] = relative_errors(picked_NH, decoded_NH).float().numpy()
-    return errors
+def _not_finite(coded: CodedRows) -> NDArray[np.int64]:
+    bad_rows: NDArray[np.int64] = (~coded.scale_N.isfinite()).nonzero().view(-1).cpu().numpy()
+    return bad_rows
 
 
-def _require_finite(finite_N: Tensor) -> None:
-    bad = (~finite_N).nonzero().view(-1)
-    if len(bad):
-        raise NotFiniteError(f"{len(bad)} positions are not finite, the first is position {int(bad[0])}")
+def _blob(coded: CodedRows, codec: HiddenCodec) -> HiddenBlob:
+    """One plane after the other, little-endian, on the host."""
+    data = coded.codes_NPW.cpu().numpy().transpose(1, 0, 2).tobytes()
+    return HiddenBlob(data, coded.scale_N.cpu().numpy() if has_scale(codec) else None)
 
 
 def _chunks(rows_NH: Tensor) -> Iterator[slice]:
     elements = _CPU_CHUNK_ELEMENTS if rows_NH.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
     size = max(1, elements // rows_NH.shape[1])
     return (slice(i, i + size) for i in range(0, len(rows_NH), size))
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """The tensor's bytes, little-endian, on the host."""
-    return tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()

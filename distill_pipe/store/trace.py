@@ -121,8 +121,13 @@ class Trace:
         for layer, hidden_TH in self.hidden.items():
             bad_rows = nonfinite_rows(hidden_TH)
             if len(bad_rows):
-                raise NotFiniteError(f"prompt {self.ordinal}: layer {layer} is not finite at {len(bad_rows)} "
-                                     f"positions, the first at position {bad_rows[0]}")
+                raise nonfinite_layer(self.ordinal, layer, bad_rows)
+
+
+def nonfinite_layer(ordinal: int, layer: int, bad_rows: NDArray[np.int64]) -> NotFiniteError:
+    """The error of a trace whose states of a layer are not finite at these positions."""
+    return NotFiniteError(f"prompt {ordinal}: layer {layer} is not finite at {len(bad_rows)} positions, the first at "
+                          f"position {bad_rows[0]}")
 
 
 def nonfinite_rows(hidden_TH: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.int64]:
