@@ -51,8 +51,9 @@ class ShardOutcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SinkTimes(msgspec.Struct, frozen=True, array_like=True):
-    """Where the time went so far: seconds of CPU that the thread spent on each kind of work (encode: rows that came raw, on a CPU; without the threads of
-    Arrow's own, which read back what was written), and seconds that the engine's thread stood still in `add`."""
+    """Where the time went so far: seconds of CPU that the thread spent on each kind of work (`encode`: rows that came
+    raw from a CPU's step; `commit`: without the threads of Arrow's own, which read back what was written), and seconds
+    that the engine's thread stood still in `add`."""
 
     assemble_cpu_seconds: float
     encode_cpu_seconds: float
