@@ -117,12 +117,12 @@ class StepCapture:
             CaptureError: the model does not deliver the hidden states that were asked for, or delivers other rows than
                 the engine samples from.
         """
-        if self._capture.layers and len(view.aux) != len(self._capture.layers):
-            raise CaptureError(f"the model delivers {len(view.aux)} hidden states, asked for were "
-                               f"{len(self._capture.layers)}: it does not support them in this layout")
         segments = list(self._segments(view))
         if not segments:
             return None
+        if self._capture.layers and len(view.aux) != len(self._capture.layers):
+            raise CaptureError(f"the model delivers {len(view.aux)} hidden states, asked for were "
+                               f"{len(self._capture.layers)}: it does not support them in this layout")
         head = self._head(view, segments)
         if not self._ships:
             return None
