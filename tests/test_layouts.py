@@ -105,6 +105,7 @@ def test_preempted_requests_give_the_same_rows(tmp_path: Path) -> None:
     assert_same_rows(found, wanted)
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize(("make", "responses"), [(make_tiny_target, "target"), (write_qwen3_moe, "corpus")])
 def test_a_vocabulary_over_two_devices_gives_the_same_rows(tmp_path: Path, make: Callable[[Path], Path],
                                                            responses: Responses) -> None:

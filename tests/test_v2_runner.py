@@ -172,6 +172,7 @@ def test_both_runners_store_the_same_of_given_responses(target, tmp_path, scored
         assert_same(v1, v2)
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize("layout", ["tensor_parallel_size=2", "pipeline_parallel_size=3"])
 def test_rows_that_several_devices_captured_equal_transformers(target, tmp_path, transformers_model, layout) -> None:
     # With three stages, the one in the middle has to pass on the states of the first.
