@@ -219,7 +219,7 @@ def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Pro
         progress: Progress | None = ray.get(call)
     except ray.exceptions.RayTaskError as error:
         cause = error.as_instanceof_cause()
-        if not isinstance(cause, EngineError) or isinstance(cause, EngineStartError):
+        if not _is_engines_death(error.cause):
             raise _plain(cause) from error
         _lose(ray, slot, todo, cause)
         return
@@ -236,6 +236,12 @@ def _collect(ray: Any, slot: _Slot, todo: deque[int], on_progress: Callable[[Pro
             kind = _SHARD_ERRORS.get(outcome.error, DistillPipeError)
             raise kind(f"shard {outcome.shard}: {outcome.message}")
     on_progress(progress)
+
+
+def _is_engines_death(cause: BaseException) -> bool:
+    """Whether another engine may do what this one could not. A call that vLLM does not live to answer ends in a plain
+    Exception, a class that tells nothing else."""
+    return type(cause) is Exception or (isinstance(cause, EngineError) and not isinstance(cause, EngineStartError))
 
 
 def _lose(ray: Any, slot: _Slot, todo: deque[int], cause: Exception) -> None:
