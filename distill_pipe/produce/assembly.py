@@ -47,11 +47,6 @@ class CodedStates:
     scale_Ln: NDArray[np.float32]
     exact_LmH: NDArray[Any] | None
 
-    def measured(self, first: int) -> NDArray[np.int64]:
-        """The positions in `exact_LmH`, when these states begin at `first`."""
-        positions_n = np.arange(first, first + self.scale_Ln.shape[1])
-        return positions_n[is_measured(positions_n)]
-
 
 @dataclass(slots=True)
 class StepRows:
@@ -96,19 +91,22 @@ class Assembler:
 
     def _states(self, steps: list[StepRows], trace: Trace) -> tuple[dict[int, CodedRows], dict[int, Tensor]]:
         """By layer: the coded states of all positions, and the raw ones of those that are measured."""
-        parts = [(s.first_position, s.states) for s in steps if s.states is not None]
+        parts = sorted(((s.first_position, s.states) for s in steps if s.states is not None), key=lambda part: part[0])
         found = np.concatenate([np.arange(p, p + h.scale_Ln.shape[1]) for p, h in parts] or [np.empty(0, np.int64)])
-        order = _exactly_once(found, np.arange(trace.num_tokens - 1), trace.ordinal, "hidden state")
-        codes_LTPW = np.concatenate([h.codes_LnPW for _, h in parts], axis=1)[:, order]
-        scale_LT = np.concatenate([h.scale_Ln for _, h in parts], axis=1)[:, order]
-        exact = [(h.measured(p), h.exact_LmH) for p, h in parts if h.exact_LmH is not None]
-        positions = np.concatenate([p for p, _ in exact])
-        # Sorted, those past the end come last.
-        order = np.argsort(positions)[:np.count_nonzero(positions < trace.num_tokens - 1)]
-        exact_LMH = as_tensor(np.concatenate([h for _, h in exact], axis=1)[:, order])
-        layers = self._capture.layers
-        return ({n: CodedRows(torch.from_numpy(codes_LTPW[i]), torch.from_numpy(scale_LT[i]))
-                 for i, n in enumerate(layers)}, dict(zip(layers, exact_LMH, strict=True)))
+        length = len(_exactly_once(found, np.arange(trace.num_tokens - 1), trace.ordinal, "hidden state"))
+        # The parts are in order and every position is there once: what comes after those is past the end.
+        layers, _, planes, width = parts[0][1].codes_LnPW.shape
+        # One plane after the other, as a blob has them, so that this is the last time that all of them are moved about.
+        codes_LPnW = np.empty((layers, planes, len(found), width), np.uint8)
+        np.concatenate([h.codes_LnPW.transpose(0, 2, 1, 3) for _, h in parts], axis=2, out=codes_LPnW)
+        codes_LTPW = codes_LPnW[:, :, :length].transpose(0, 2, 1, 3)
+        scale_LT = np.concatenate([h.scale_Ln for _, h in parts], axis=1)[:, :length]
+        measured = np.count_nonzero(is_measured(np.arange(length)))
+        exact_LMH = as_tensor(np.concatenate([h.exact_LmH for _, h in parts if h.exact_LmH is not None],
+                                             axis=1)[:, :measured])
+        coded = {n: CodedRows(torch.from_numpy(codes_LTPW[i]), torch.from_numpy(scale_LT[i]))
+                 for i, n in enumerate(self._capture.layers)}
+        return coded, dict(zip(self._capture.layers, exact_LMH, strict=True))
 
 
 def _without_states(done: FinishedTrace, steps: list[StepRows]) -> Trace:

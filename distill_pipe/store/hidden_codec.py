@@ -221,8 +221,9 @@ def _not_finite(coded: CodedRows) -> NDArray[np.int64]:
 
 def _blob(coded: CodedRows, codec: HiddenCodec) -> HiddenBlob:
     """One plane after the other, little-endian, on the host."""
-    data = coded.codes_NPW.cpu().numpy().transpose(1, 0, 2).tobytes()
-    return HiddenBlob(data, coded.scale_N.cpu().numpy() if has_scale(codec) else None)
+    # tobytes alone would go over strided elements one by one, 30 times slower.
+    codes_PNW = np.ascontiguousarray(coded.codes_NPW.cpu().numpy().transpose(1, 0, 2))
+    return HiddenBlob(codes_PNW.tobytes(), coded.scale_N.cpu().numpy() if has_scale(codec) else None)
 
 
 def _chunks(rows_NH: Tensor) -> Iterator[slice]:
