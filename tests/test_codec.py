@@ -160,18 +160,18 @@ def test_a_float32_that_would_round_to_an_infinite_bfloat16_is_refused(codec: Hi
 
 # SHA-256 of bytes and scales, of 5 rows of 7 bfloat16 and 3 rows of 97 float16.
 DIGESTS: dict[HiddenCodec, tuple[str, str]] = {
-    "f32": ("54cd0e4e53dd129e", "06188911ed4b648e"), "bf16": ("bf37f7fe0e02fc75", "1bad2078b65d3b6c"),
-    "bf16-split": ("96969ab38403a810", "cc8f9ffe8992904f"), "fp8": ("67dce57fbf9fdd10", "0ec6695934af2a02"),
-    "q8": ("91d45edcac06010f", "bb02554a5061e172"), "q6": ("3f70aa89ffdda1e0", "c8eb92ff4ea321b5"),
-    "q5": ("f3d8acaeaf0807a0", "f2822d708be2a8bd"),
+    "f32": ("7a65d462b8b859ae", "87b73c031eda2bbe"), "bf16": ("eccb94cebb68b142", "4cf2b5727d81547e"),
+    "bf16-split": ("bf779ec48df12a7f", "bbd1a9364eef0942"), "fp8": ("9c012a294df6dbfa", "ef388cc122c1ad78"),
 }
 
 
-@pytest.mark.parametrize("codec", CODECS)
+# Rotations are matrix products, which another processor may sum in another order.
+@pytest.mark.parametrize("codec", DIGESTS)
 @pytest.mark.parametrize(("i", "rows", "width", "dtype"), [(0, 5, 7, torch.bfloat16), (1, 3, 97, torch.float16)])
 def test_blobs_are_those_that_were_always_written(codec: HiddenCodec, i: int, rows: int, width: int,
                                                   dtype: torch.dtype) -> None:
-    exact_NH = gaussian(width, rows, seed=rows * 1000 + width)
+    # numpy's numbers: torch draws others on another processor.
+    exact_NH = torch.from_numpy(np.random.default_rng(width).standard_normal((rows, width), np.float32))
     exact_NH[:, width // 3] *= 300
     exact_NH[1] = 0
     blob = encode_hidden(exact_NH.to(dtype), codec)
