@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from byte_target import make_byte_target
 from runs import command
-from tiny_target import make_tiny_target
 
 pytestmark = pytest.mark.engine
 
 
 def test_the_gauge_runs_the_same_requests_with_capture_and_without(tmp_path: Path) -> None:
-    target = make_tiny_target(tmp_path / "target")
+    target = make_byte_target(tmp_path / "target")
     done = command("bench-capture", "--target", target, "--prompts", 6, "--rounds", 2, "--layers", "0,2", "--set",
                    "sampling.max_tokens=12", "--set", "prompts_per_shard=3", "--json")
     assert done.returncode == 0, done.stderr
@@ -29,7 +29,7 @@ def test_the_gauge_runs_the_same_requests_with_capture_and_without(tmp_path: Pat
 
 
 def test_the_gauge_shows_where_the_time_went_and_refuses_a_wrong_job(tmp_path: Path) -> None:
-    target = make_tiny_target(tmp_path / "target")
+    target = make_byte_target(tmp_path / "target")
     shown = command("bench-capture", "--target", target, "--prompts", 2, "--rounds", 1, "--layers", "none", "--set",
                     "sampling.max_tokens=4")
     assert shown.returncode == 0, shown.stderr

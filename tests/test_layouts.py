@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from byte_target import make_byte_target
 from runs import LAYERS, PROMPTS, command, prompt_records, stored_traces, succeed, write_corpus
-from tiny_target import make_tiny_target
 from tiny_targets import write_qwen3_moe
 
 from distill_pipe.store.spec import Responses
@@ -106,7 +106,7 @@ def test_preempted_requests_give_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize(("make", "responses"), [(make_tiny_target, "target"), (write_qwen3_moe, "corpus")])
+@pytest.mark.parametrize(("make", "responses"), [(make_byte_target, "target"), (write_qwen3_moe, "corpus")])
 def test_a_vocabulary_over_two_devices_gives_the_same_rows(tmp_path: Path, make: Callable[[Path], Path],
                                                            responses: Responses) -> None:
     # The first target's 259 tokens do not divide by two: the second device's part ends in padding. The other one's

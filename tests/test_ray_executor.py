@@ -22,9 +22,9 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from byte_target import make_byte_target
 from runs import PROMPTS, command, write_corpus
 from test_layouts import assert_same_rows, captured
-from tiny_target import make_tiny_target
 
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.root import LocalRoot
@@ -114,7 +114,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_target(tmp_path_factory.mktemp("target"))
+    return make_byte_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from byte_target import LAYERS, make_byte_target
 from runs import command, prompt_records, stored_traces, write_corpus
-from tiny_target import LAYERS, make_tiny_target
 
 from distill_pipe.store.trace import Trace
 
@@ -69,7 +69,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_target(tmp_path_factory.mktemp("target"))
+    return make_byte_target(tmp_path_factory.mktemp("target"))
 
 
 def run(target: Path, folder: Path, corpus: list[dict[str, object]], *settings: str, v2: bool = True,

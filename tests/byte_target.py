@@ -13,7 +13,7 @@ _TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|
              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def make_tiny_target(folder: Path) -> Path:
+def make_byte_target(folder: Path) -> Path:
     """Write config, weights and tokenizer of a float32 target to `folder`; the same ones every time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
