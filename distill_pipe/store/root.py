@@ -12,8 +12,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from distill_pipe.errors import DamageError, StorageFullError, UsageError
 
@@ -21,6 +22,49 @@ SCRATCH = ".tmp"
 # run.json of ten million shards has 2 MB.
 MAX_RECORD_BYTES = 16 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Root(Protocol):
+    """What the store needs of a place. Names are relative and use `/`."""
+
+    def read(self, name: str) -> bytes | None:
+        """The whole of a small file, or None when there is none."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file, or None when there is none."""
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Every file name below the folder `prefix`, in order."""
+
+    def fetched(self, name: str) -> AbstractContextManager[Path]:
+        """The file as a local path, valid inside the context."""
+
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A private local folder, gone afterwards."""
+
+    def publish(self, source: Path, name: str) -> None:
+        """Put `source` at a content-derived name."""
+
+    def create(self, source: Path, name: str) -> bool:
+        """Put `source` at `name` unless something is there. True when this call made the file."""
+
+    def create_bytes(self, data: bytes, name: str) -> bool:
+        """`create` for a small file held in memory."""
+
+    def publish_bytes(self, data: bytes, name: str) -> None:
+        """`publish` for a small file that can be derived again from the rest of the dataset."""
+
+    def is_unused(self) -> bool:
+        """True when nothing is there but what a run that died before it was frozen left behind."""
+
+
+def open_root(uri: str | os.PathLike[str]) -> "LocalRoot":
+    """The place that a path or URI names.
+
+    Raises:
+        UsageError: the scheme is not known.
+    """
+    return LocalRoot(uri)
 
 
 class LocalRoot:
@@ -41,6 +85,11 @@ class LocalRoot:
         if not parts or Path(name).is_absolute() or ".." in parts:
             raise UsageError(f"{name!r} is not a name inside the dataset")
         return self.path / name
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """The file itself: on a local disk nothing is copied."""
+        yield self.local(name)
 
     def read(self, name: str) -> bytes | None:
         """The whole of a small file, or None when there is none.
