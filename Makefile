@@ -25,7 +25,7 @@ demo: $(STAMP) ## Run the main job end to end on a real 135M model (4 minutes on
 	$(BIN)/python jobs/demo.py
 
 test: $(STAMP) ## Run the tests, real engine included
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not layouts and not faults and not bench"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not layouts and not faults and not bench"
 
 layouts: $(STAMP) ## Engines of several devices: tensor parallel, three pipeline stages, Ray as the executor (6 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m layouts

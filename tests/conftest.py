@@ -11,6 +11,14 @@ settings.register_profile("any-machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any-machine")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Two processes run the tests of `make test`; see `processes` for which files go where."""
+    from processes import EnginesInOneProcess
+
+    return EnginesInOneProcess(config, log)
+
+
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Responses written by the float32 target, captured while it decodes; two shards in flight. The last prompt does
