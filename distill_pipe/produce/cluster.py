@@ -29,6 +29,7 @@ from distill_pipe.errors import (
     StorageFullError,
 )
 from distill_pipe.produce.engine import EngineOptions
+from distill_pipe.produce.engines import start_engine, start_renderer
 from distill_pipe.produce.worker import Progress, ShardWorker
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
@@ -77,12 +78,9 @@ class _Replica:
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         # Ray sets this to the CPUs an actor reserves; OpenMP reads it when torch is imported below.
         os.environ["OMP_NUM_THREADS"] = str(self._cpu_threads)
-        from distill_pipe.produce.chat import Renderer
-        from distill_pipe.produce.vllm_engine import VllmEngine
-
-        run, root = msgspec.json.decode(self._run, type=Run), LocalRoot(self._root)
-        renderer = Renderer(self._plan.model, self._plan.revision)
-        engine = VllmEngine(self._plan.model, self._plan.revision, run, root, self._plan.engine)
+        run, root, model = msgspec.json.decode(self._run, type=Run), LocalRoot(self._root), self._plan.model
+        renderer = start_renderer(run, model, self._plan.revision)
+        engine = start_engine(run, root, model, self._plan.revision, self._plan.engine)
         return ShardWorker(engine, renderer, root, run)
 
 

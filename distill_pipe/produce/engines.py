@@ -1,0 +1,37 @@
+"""Which engine a run has: vLLM, or the fake one for the fake target. The run's own record says it, so that a worker on
+another machine is told nothing else. Imports what an engine needs only when it is started.
+"""
+
+from collections.abc import Callable
+
+from distill_pipe.produce.chat import Renderer
+from distill_pipe.produce.engine import EngineOptions, TargetEngine
+from distill_pipe.produce.fake_target import ARCHITECTURE, ByteRenderer, fake_spec
+from distill_pipe.store.manifest import Run
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.spec import EngineSpec, TargetSpec
+
+
+def engine_for(target: TargetSpec, max_model_len: int, installed: Callable[[int], EngineSpec]) -> EngineSpec:
+    """The engine that runs a target: the fake one, or what is installed."""
+    return fake_spec(max_model_len) if target.architecture == ARCHITECTURE else installed(max_model_len)
+
+
+def start_renderer(run: Run, model: str, revision: str | None) -> Renderer:
+    """The chat template and tokenizer of a run's target."""
+    return ByteRenderer() if run.spec.target.architecture == ARCHITECTURE else Renderer(model, revision)
+
+
+def start_engine(run: Run, root: LocalRoot, model: str, revision: str | None, options: EngineOptions) -> TargetEngine:
+    """Start the engine that the run was frozen with.
+
+    Raises:
+        EngineStartError: it cannot run this target here.
+    """
+    if run.spec.target.architecture == ARCHITECTURE:
+        from distill_pipe.produce.fake_engine import FakeEngine
+
+        return FakeEngine(run, root, options.max_num_seqs)
+    from distill_pipe.produce.vllm_engine import VllmEngine
+
+    return VllmEngine(model, revision, run, root, options)

@@ -1,0 +1,47 @@
+"""Runs of the fake target through the real command line, and what they stored, as rows that can be compared."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from runs import prompt_records, succeed, write_corpus
+
+from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.verify import Report, verify
+
+SETTINGS = ("--target", "fake", "--set", "sampling.max_tokens=12", "--set", "engine.max_num_seqs=4", "--set",
+            "prompts_per_shard=4")
+
+
+def questions(count: int) -> list[str]:
+    return [f"What is {n} times {n + 1}?" for n in range(count)]
+
+
+def fake_run(folder: Path, prompts: list[str], *args: object) -> Path:
+    """A dataset made of these prompts without any fault."""
+    corpus = write_corpus(folder / "c.jsonl", prompt_records(prompts))
+    succeed("generate", "--corpus", corpus, "--out", folder / "out", *SETTINGS, *args)
+    return folder / "out"
+
+
+def stored_rows(out: Path) -> dict[str, pa.Table]:
+    """All that a dataset holds, by folder, in order, without the records in the footers, which name attempts."""
+    return {folder: pa.concat_tables([pq.read_table(path).replace_schema_metadata(None)
+                                      for path in sorted((out / folder).rglob("*.parquet"))]).sort_by("ordinal")
+            for folder in ("data", "hidden_states") if (out / folder).exists()}
+
+
+def assert_same_rows(out: Path, undisturbed: Path) -> None:
+    """Byte for byte, whatever happened on the way."""
+    found, wanted = stored_rows(out), stored_rows(undisturbed)
+    assert found.keys() == wanted.keys()
+    for folder in wanted:
+        assert found[folder].equals(wanted[folder]), folder
+
+
+def assert_whole(out: Path, prompts: int, quarantined: int = 0) -> Report:
+    """Every prompt exactly once, and every file as its record says."""
+    report = verify(LocalRoot(out))
+    assert report.clean, report
+    assert (report.traces, report.missing_prompts, report.doubled_prompts) == (prompts - quarantined, 0, 0), report
+    return report
