@@ -5,7 +5,6 @@ Commands import what they need when they run, so that `status` and `verify` work
 
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -39,6 +38,7 @@ from distill_pipe.options import (
     Writer,
     described_job,
 )
+from distill_pipe.report_commands import report
 from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace, say, visible
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import require_run
@@ -46,6 +46,7 @@ from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.status import status as read_status
 from distill_pipe.store.verify import verify as verify_dataset
+from distill_pipe.token_text import token_decoder
 
 if TYPE_CHECKING:
     from distill_pipe.consume.train import Step
@@ -115,7 +116,8 @@ def inspect(
     if as_json:
         sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
         return
-    print_trace(rows, _decoder(tokenizer or run.spec.target.name), trace)
+    decode = token_decoder(tokenizer or run.spec.target.name)
+    print_trace(rows, lambda token: visible(decode(token)), trace)
 
 
 @app.command()
@@ -149,6 +151,7 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
          f"{result.loss_last:.4f}")
 
 
+app.command()(report)
 app.command()(audit)
 app.command("bench-capture")(bench_capture)
 
@@ -187,20 +190,6 @@ def _generate(job: "Job", as_json: bool) -> None:
     say(f"{job.out}: {facts.traces} traces, {facts.rows} rows, {facts.tokens} tokens, {per_token:,.0f} bytes per token"
          f", {facts.quarantined} prompts quarantined; {len(meter.shards)} of {num_shards(run)} shards made by this "
          f"call in {meter.seconds:,.0f} s")
-
-
-def _decoder(target: str) -> Callable[[int], str]:
-    """Token ids as visible text; as plain ids when the target's tokenizer cannot be had."""
-    try:
-        from distill_pipe.produce.targets import resolve_target
-
-        folder = resolve_target(target).folder
-        from transformers import AutoTokenizer
-    except (UsageError, ImportError) as error:
-        say(f"token ids are shown as numbers: {error}")
-        return str
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return lambda token: visible(tokenizer.decode([token]))
 
 
 class _TrainLines:

@@ -49,8 +49,9 @@ def test_the_files_are_found() -> None:
 
 @pytest.mark.parametrize(("inside", "outside"), [
     ("store", "produce"), ("store", "consume"), ("store", "cli"), ("produce", "consume"), ("produce", "cli"),
-    ("consume", "produce"), ("consume", "cli")])
-def test_imports_point_from_produce_and_consume_to_the_store_and_nowhere_else(inside: str, outside: str) -> None:
+    ("consume", "produce"), ("consume", "cli"), *((side, "report") for side in ("store", "produce", "consume")),
+    ("report", "produce"), ("report", "consume"), ("report", "cli")])
+def test_imports_point_from_produce_consume_and_report_to_the_store_and_nowhere_else(inside: str, outside: str) -> None:
     assert not {name for name in importers(f"distill_pipe.{outside}") if name.startswith(f"{inside}/")}
 
 

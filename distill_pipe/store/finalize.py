@@ -147,7 +147,7 @@ class _Summary:
             self._statistics = merge((self._statistics, measured.statistics))
             for error in measured.hidden:
                 self._hidden[error.layer] = _merged(self._hidden.get(error.layer), error)
-            table = _stored_tokens(self._root, self._run, fragment)
+            table = stored_tokens(self._root, self._run, fragment)
             if table is None:
                 table = _counted_tokens(self._root, self._run, fragment)
                 self.recounted += 1
@@ -191,7 +191,7 @@ def _manifest_row(fragment: Fragment) -> dict[str, object]:
                                                                     for name in _MEASURED}
 
 
-def _stored_tokens(root: LocalRoot, run: Run, fragment: Fragment) -> pa.Table | None:
+def stored_tokens(root: LocalRoot, run: Run, fragment: Fragment) -> pa.Table | None:
     """The token table beside the fragment, or None where there is none or it cannot be that of the shard."""
     limit = Limit(run.spec.target.vocab_size)
     try:

@@ -81,7 +81,7 @@ def read_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit], nulla
         DamageError: the file is missing, truncated, corrupt, lacks a column of the schema or goes beyond a limit;
             names the file and, wherever possible, row group and column.
     """
-    with _opened(path) as source:
+    with opened(path) as source:
         table = pa.table(_decode(path, _checked_file(source, schema, limits)).columns, schema=schema)
     _refuse_nulls(path, table, nullable)
     return table
@@ -89,7 +89,7 @@ def read_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit], nulla
 
 def check_table(path: Path, schema: pa.Schema, limits: Mapping[str, Limit], nullable: Sequence[str] = ()) -> None:
     """Raises DamageError where `read_table` would, with one column of one row group in memory at a time."""
-    with _opened(path) as source:
+    with opened(path) as source:
         file = _checked_file(source, schema, limits)
         for group, name in _places(file):
             _refuse_nulls(path, _decode_column(path, file, group, name), nullable)
@@ -102,8 +102,8 @@ def read_footer_value(path: Path, key: bytes) -> bytes:
         DamageError: the file is missing, or its footer cannot be read.
         MismatchError: there is no such entry.
     """
-    with _opened(path) as source:
-        for entry in structs(_footer(source)[0], 5):
+    with opened(path) as source:
+        for entry in structs(read_footer(source)[0], 5):
             if binary(entry, 1) == key:
                 return binary(entry, 2)
     raise MismatchError(f"{path} was not written by distill-pipe")
@@ -111,7 +111,7 @@ def read_footer_value(path: Path, key: bytes) -> bytes:
 
 def _checked_file(source: pa.NativeFile, schema: pa.Schema, limits: Mapping[str, Limit]) -> pq.ParquetFile:
     """The columns of `schema`, held against their limits and ready to be decoded."""
-    footer, start = _footer(source)
+    footer, start = read_footer(source)
     parts, num_leaves = _columns(footer, schema.names)
     groups = _groups(footer, start, parts, num_leaves)
     file = pq.ParquetFile(source, metadata=_checked_footer(schema, parts, groups),
@@ -129,7 +129,7 @@ def _refuse_nulls(path: Path, table: pa.Table, nullable: Sequence[str]) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pa.NativeFile]:
+def opened(path: Path) -> Iterator[pa.NativeFile]:
     """One handle for all that is read, so that what was checked is what is decoded. Failures become DamageError."""
     try:
         with pa.OSFile(str(path)) as source:
@@ -142,7 +142,7 @@ def _opened(path: Path) -> Iterator[pa.NativeFile]:
         raise DamageError(f"{path} cannot be read: {error}") from error
 
 
-def _footer(source: pa.NativeFile) -> tuple[Fields, int]:
+def read_footer(source: pa.NativeFile) -> tuple[Fields, int]:
     """The footer, and where it starts. Its length is looked at before as much is allocated."""
     size: int = source.size()
     tail = source.read_at(8, size - 8) if size >= len(_MAGIC) + 8 else b""
