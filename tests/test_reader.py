@@ -140,7 +140,7 @@ def test_shards_committed_later_are_not_seen(tmp_path: Path) -> None:
 
 
 def test_only_the_requested_layers_are_decoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distill_pipe.consume import reader as module
+    from distill_pipe.consume import opened as module
     asked = []
     real = module.read_sidecar
     monkeypatch.setattr(module, "read_sidecar", lambda *args: asked.append(args[2]) or real(*args))
@@ -224,7 +224,7 @@ def test_importing_consume_needs_neither_engine_nor_safetensors() -> None:
 
 
 def test_counting_traces_decodes_one_small_column(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distill_pipe.consume import reader as module
+    from distill_pipe.consume import opened as module
     monkeypatch.setattr(module, "read_main", None)
     assert ShardReader(root).num_traces() == PROMPTS
 

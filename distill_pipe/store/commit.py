@@ -32,7 +32,7 @@ from distill_pipe.store.manifest import (
     sidecar_name,
 )
 from distill_pipe.store.plan import shard_range
-from distill_pipe.store.root import LocalRoot, sha256_of
+from distill_pipe.store.root import LocalRoot, Root, sha256_of
 from distill_pipe.store.shard import (
     QuarantinedPrompt,
     main_table,
@@ -123,12 +123,12 @@ def shard_fragment(root: LocalRoot, run: Run, shard: int) -> Fragment:
     return Fragment(file=_file_ref(path, shard_name(shard)), info=info)
 
 
-def committed_shards(root: LocalRoot) -> set[int]:
+def committed_shards(root: Root) -> set[int]:
     """The shards whose commit has happened; one listing."""
     return set(listed_shards(root)[0])
 
 
-def listed_shards(root: LocalRoot) -> tuple[list[int], list[str]]:
+def listed_shards(root: Root) -> tuple[list[int], list[str]]:
     """What lies in `data/`: the numbers of main shards, and the names of files that are none."""
     shards, strangers = [], []
     for name in root.names("data"):

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from distill_pipe.errors import MismatchError
-from distill_pipe.store.root import LocalRoot, sha256_of
+from distill_pipe.store.root import LocalRoot, Root, sha256_of
 from distill_pipe.store.spec import FORMAT_VERSION, RunSpec, Sha256, spec_differences
 from distill_pipe.store.statistics import ShardStatistics
 
@@ -112,7 +112,7 @@ def encode_record(record: Struct) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record, order="deterministic"), indent=1) + b"\n"
 
 
-def read_run(root: LocalRoot) -> Run | None:
+def read_run(root: Root) -> Run | None:
     """run.json, or None where no run was started.
 
     Raises:
@@ -127,7 +127,7 @@ def read_run(root: LocalRoot) -> Run | None:
     return run
 
 
-def require_run(root: LocalRoot) -> Run:
+def require_run(root: Root) -> Run:
     """run.json of an existing dataset.
 
     Raises:
@@ -151,7 +151,7 @@ def require_same_run(root: LocalRoot, stored: Run, given: RunSpec) -> None:
                             f"with. Fields that differ:\n  {lines}")
 
 
-def read_fragment(root: LocalRoot, shard: int) -> Fragment | None:
+def read_fragment(root: Root, shard: int) -> Fragment | None:
     """The fragment of `shard`, or None where there is none or it cannot be trusted (it is rebuilt then)."""
     data = root.read(fragment_name(shard))
     if data is None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_pipe.consume.losses import TailRule, tv_loss
-from distill_pipe.consume.reader import pack
+from distill_pipe.consume.packing import pack
 from distill_pipe.consume.sparse import FlatEntries, SparseTarget
 from distill_pipe.produce.head import HeadReducer, HeadRows, row_uniforms
 from distill_pipe.store.manifest import Run, shard_name

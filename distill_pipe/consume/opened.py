@@ -1,0 +1,214 @@
+"""The shards of a dataset, opened for reading and held against their records.
+
+Always checked: the run's fingerprint, sizes, page checksums, the invariants of a trace, and that main shard and sidecar
+hold the same traces. The sha256 of a file is checked the first time that a process opens it. Whatever is wrong becomes
+a `DamageError` that names the file.
+
+The trade-off: all wanted layers of a shard are unpacked (not decoded) when its first trace is needed, because Parquet
+compresses the blobs of a row group together. In return every file is read once, front to back.
+
+Shapes: N traces of a shard.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+
+from distill_pipe.consume.order import Contents
+from distill_pipe.errors import CaptureError, DamageError, MismatchError
+from distill_pipe.store.manifest import FileRef, Run, ShardInfo, read_fragment, shard_name
+from distill_pipe.store.parquet import Limit, read_table
+from distill_pipe.store.root import Root, sha256_of
+from distill_pipe.store.shard import MAIN_SCHEMA, read_main, read_shard_info, require_counts, traces_from_table
+from distill_pipe.store.sidecar import (
+    EncodedTrace,
+    SidecarInfo,
+    blobs_of,
+    check_sidecar,
+    read_sidecar,
+    read_sidecar_info,
+    require_same_traces,
+    sidecar_info,
+)
+from distill_pipe.store.trace import Trace
+
+_CONTENTS: Final = pa.schema([MAIN_SCHEMA.field(name) for name in ("ordinal", "loss_mask")])
+# Files whose hash was right when this process opened them first, by dataset and hash.
+_HASHED: Final[set[tuple[str, str]]] = set()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenedShard:
+    """The traces of a shard, whose hidden states stay coded until they are asked for: those of a whole shard can be
+    gigabytes. `hidden` is the sidecar with the wanted layers, or None when no layer is wanted."""
+
+    traces: list[Trace]
+    hidden: pa.Table | None
+    info: SidecarInfo
+    name: str
+
+    def encoded(self, row: int) -> EncodedTrace:
+        """One trace with the blobs of the wanted layers.
+
+        Raises:
+            DamageError: a blob is not its trace's, or holds what is not finite.
+        """
+        trace = self.traces[row]
+        if self.hidden is None:
+            return EncodedTrace(trace)
+        part = self.hidden.slice(row, 1)
+        with _naming(self.name):
+            check_sidecar(part, self.info, [trace])
+        return EncodedTrace(trace, blobs_of(part, self.info, 0))
+
+
+class ShardFiles:
+    """Opens the shards of one dataset.
+
+    Args:
+        layers: the layers whose hidden states are wanted; no others are read.
+        check_hashes: whether the sha256 of a file is checked when this process opens it first.
+    """
+
+    def __init__(self, root: Root, run: Run, layers: Sequence[int], check_hashes: bool) -> None:
+        self._root, self._run, self._layers, self._check_hashes = root, run, tuple(layers), check_hashes
+        self._contents: dict[int, Contents] = {}
+        self._damaged: dict[int, str] = {}
+
+    def contents(self, shard: int) -> Contents:
+        """Which traces a shard holds, and how long they are, from two small columns. Remembered: 16 bytes a trace.
+
+        Raises:
+            DamageError: the main shard, or what of it is read, is missing or damaged.
+        """
+        if shard not in self._contents:
+            with self._main(shard) as (path, info, _):
+                limits = {"ordinal": Limit(info.traces), "loss_mask": Limit(max(info.tokens, info.traces))}
+                table = read_table(path, _CONTENTS, limits)
+                masks = table["loss_mask"].combine_chunks()
+                found = Contents(table["ordinal"].to_numpy(), np.diff(masks.offsets.to_numpy()).astype(np.int64))
+                if (len(found.tokens_N), int(found.tokens_N.sum())) != (info.traces, info.tokens):
+                    raise DamageError(f"{path} holds other traces than its record says")
+            self._contents[shard] = found
+        return self._contents[shard]
+
+    def open(self, shard: int) -> OpenedShard:
+        """All of a shard that is wanted.
+
+        Raises:
+            DamageError: main shard or sidecar is missing, damaged, or of another run.
+        """
+        with self._main(shard) as (path, info, ref):
+            self._check_hash(path, ref)
+            main = read_main(path, info, self._run.spec.capture)
+            traces = list(traces_from_table(main, self._run.spec.target.vocab_size))
+            require_counts(path, info, traces)
+            if self._layers and traces and info.hidden is None:
+                raise DamageError(f"{path}: its record lacks the hidden-state sidecar")
+        hidden = None
+        if self._layers and traces and info.hidden is not None:
+            hidden = self._sidecar(shard, info, info.hidden, [t.ordinal for t in traces])
+        name = info.hidden.name if info.hidden is not None else shard_name(shard)
+        return OpenedShard(traces, hidden, sidecar_info(self._run, shard), f"{self._root}/{name}")
+
+    def checked(self, shard: int) -> Contents:
+        """`contents`, once the shard was read as a whole, as an epoch would, and nothing is wrong with it.
+
+        Raises:
+            DamageError: something is; again at every call, without another look.
+        """
+        if shard in self._damaged:
+            raise DamageError(self._damaged[shard])
+        if shard not in self._contents:
+            try:
+                opened = self.open(shard)
+                for row in range(len(opened.traces)):
+                    opened.encoded(row)
+                self.contents(shard)
+            except DamageError as error:
+                self._damaged[shard] = str(error)
+                raise
+        return self._contents[shard]
+
+    def _sidecar(self, shard: int, info: ShardInfo, ref: FileRef, ordinals: Sequence[int]) -> pa.Table:
+        with _naming(f"{self._root}/{ref.name}"), self._root.fetched(ref.name) as path:
+            _require_size(path, ref.size)
+            self._check_hash(path, ref)
+            sidecar = read_sidecar_info(path)
+            if sidecar != sidecar_info(self._run, shard):
+                raise DamageError(f"{path} does not hold what this run captures of shard {shard}")
+            hidden = read_sidecar(path, sidecar, self._layers, info.traces, info.tokens)
+            require_same_traces(hidden, ordinals)
+        return hidden
+
+    @contextmanager
+    def _main(self, shard: int) -> Iterator[tuple[Path, ShardInfo, FileRef | None]]:
+        """The main shard with its record: from the fragment, which also knows size and hash, or from the footer."""
+        name = shard_name(shard)
+        with _naming(f"{self._root}/{name}"), self._root.fetched(name) as path:
+            fragment = read_fragment(self._root, shard)
+            if fragment is not None and (fragment.info.fingerprint, fragment.info.shard, fragment.file.name) == (
+                    self._run.fingerprint, shard, name):
+                _require_size(path, fragment.file.size)
+                yield path, fragment.info, fragment.file
+                return
+            info = read_shard_info(path)
+            if (info.fingerprint, info.shard) != (self._run.fingerprint, shard):
+                raise DamageError(f"{path} belongs to another run or another shard")
+            yield path, info, None
+
+    def _check_hash(self, path: Path, ref: FileRef | None) -> None:
+        if ref is None or not self._check_hashes or (str(self._root), ref.sha256) in _HASHED:
+            return
+        if sha256_of(path) != ref.sha256:
+            raise DamageError(f"{path} has changed: its sha256 is not the one recorded")
+        _HASHED.add((str(self._root), ref.sha256))
+
+
+class OpenShards:
+    """The shards that were used last, each opened once even where several threads want it."""
+
+    def __init__(self, open_shard: Callable[[int], OpenedShard], capacity: int) -> None:
+        self._open, self._capacity = open_shard, capacity
+        self._lock = threading.Lock()
+        self._held: OrderedDict[int, Future[OpenedShard]] = OrderedDict()
+
+    def get(self, shard: int) -> OpenedShard:
+        """The shard, opened now if it is not held. Raises as `ShardFiles.open`."""
+        with self._lock:
+            held = self._held.get(shard)
+            future = held if held is not None else self._held.setdefault(shard, Future())
+            self._held.move_to_end(shard)
+            while len(self._held) > self._capacity:
+                self._held.popitem(last=False)
+        if held is None:
+            try:
+                future.set_result(self._open(shard))
+            except BaseException as error:  # noqa: BLE001 - raised below, to everybody who waits
+                future.set_exception(error)
+        return future.result()
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whatever is wrong inside is damage of this file."""
+    try:
+        yield
+    except (CaptureError, DamageError, MismatchError, OSError) as error:
+        if name in str(error) and isinstance(error, DamageError):
+            raise
+        raise DamageError(f"{name}: {error}") from error
+
+
+def _require_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        raise DamageError(f"{path} is missing" if found is None else f"{path} has {found} bytes, expected {size}")
