@@ -146,7 +146,8 @@ class EpochOrder:
     def _next_round(self, cursor: Cursor) -> Cursor:
         pool = list(cursor.pool[_num_steps(cursor, last=False) * cursor.world:])
         cut = _Cut(self, cursor.shard, cursor.trace, self._selection.batch_tokens)
-        looked_at = 0
+        # The shard with the open batch was counted in the round before.
+        looked_at = -1 if cursor.trace else 0
         while not cut.done and (looked_at < cursor.world * cursor.interleave or len(pool) < cursor.world):
             pool += cut.shard()
             looked_at += 1
