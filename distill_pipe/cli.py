@@ -43,7 +43,7 @@ from distill_pipe.report_tables import print_facts, print_forecast, print_statis
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import open_root
 from distill_pipe.store.status import status as read_status
 from distill_pipe.store.verify import verify as verify_dataset
 from distill_pipe.token_text import token_decoder
@@ -81,13 +81,13 @@ app.command()(plan)
 @app.command()
 def status(root: Root, as_json: Json = False) -> None:
     """How far a run is. Needs no engine and no Ray."""
-    print_facts(read_status(LocalRoot(root)), as_json)
+    print_facts(read_status(open_root(root)), as_json)
 
 
 @app.command()
 def verify(root: Root, as_json: Json = False) -> None:
     """Read a whole dataset and check it: hashes, checksums, invariants, and every prompt exactly once."""
-    report = verify_dataset(LocalRoot(root))
+    report = verify_dataset(open_root(root))
     print_facts(report, as_json)
     if not report.clean:
         raise DamageError(f"{root}: {len(report.problems)} problems, {report.missing_prompts} prompts missing, "
@@ -99,7 +99,7 @@ def finalize(root: Root, as_json: Json = False) -> None:
     """Sum up a complete dataset: manifest, statistics, token frequencies, and the mark that it is complete."""
     from distill_pipe.store.finalize import finalize as finalize_dataset
 
-    print_statistics(finalize_dataset(LocalRoot(root)), as_json)
+    print_statistics(finalize_dataset(open_root(root)), as_json)
 
 
 @app.command()
@@ -112,7 +112,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show one trace: tokens, loss mask, the target's likeliest next tokens, and the mass outside the head."""
-    rows, run = inspect_trace(LocalRoot(root), trace, candidates)
+    rows, run = inspect_trace(open_root(root), trace, candidates)
     if as_json:
         sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
         return
@@ -139,7 +139,7 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
 
     settings = msgspec.convert({"arch": arch.value, "loss": loss.value, "epochs": epochs, "lr": lr, "seed": seed},
                                TrainSettings)
-    folder = resolve_target(target or require_run(LocalRoot(root)).spec.target.name).folder
+    folder = resolve_target(target or require_run(open_root(root)).spec.target.name).folder
     result = run_training(str(root), folder, settings, out=out, on_step=_TrainLines())
     if as_json:
         print_facts(result, as_json)
@@ -181,7 +181,7 @@ def _generate(job: "Job", as_json: bool) -> None:
             stack.close()
             say(f"{'terminated' if _Termination.asked else 'interrupted'}; the same command continues the run")
             raise typer.Exit(143 if _Termination.asked else 130) from None
-    store = LocalRoot(job.out)
+    store = open_root(job.out)
     facts = read_status(store)
     if as_json:
         print_facts(facts, as_json)

@@ -5,6 +5,8 @@
     ├── QuarantineLimitError    3    more prompts were given up on than the run allows
     ├── MismatchError           4    the dataset belongs to another run, or is of another format
     ├── StorageFullError        5    no room (or quota) left for a shard; safe to run again
+    ├── StoreAccessError        6    the store refuses our credentials, or has none of ours
+    ├── StoreError              75   the store failed, or could not be reached for a long time; safe to run again
     ├── EngineError             7    no engine is left
     │   └── EngineStartError    7    the engine cannot be started with this target; trying again would not help
     ├── CaptureError            7    the engine's rows are incomplete or inconsistent; the shard was not written
@@ -46,6 +48,18 @@ class StorageFullError(DistillPipeError, OSError):
     """The store has no room left."""
 
     exit_code = 5
+
+
+class StoreAccessError(DistillPipeError):
+    """The store refuses our credentials."""
+
+    exit_code = 6
+
+
+class StoreError(DistillPipeError, OSError):
+    """The store failed. What is committed is safe, and the same command continues."""
+
+    exit_code = 75
 
 
 class EngineError(DistillPipeError, RuntimeError):

@@ -34,7 +34,7 @@ from distill_pipe.options import (
     described_job,
 )
 from distill_pipe.report_tables import print_audit, print_forecast, print_gauge, say
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import open_root
 
 
 def plan(  # noqa: PLR0913 - the options above
@@ -72,7 +72,7 @@ def audit(
         from distill_pipe.produce.audit import Limits, audit_dataset
     except ImportError as error:
         raise UsageError(f"audit needs torch and transformers: {error}") from None
-    report = audit_dataset(LocalRoot(root), traces, dtype.value, target, Limits(max_logprob_error, max_hidden_error),
+    report = audit_dataset(open_root(root), traces, dtype.value, target, Limits(max_logprob_error, max_hidden_error),
                            lambda found: say(f"replaying {found} traces in {dtype.value}"))
     print_audit(report, as_json)
     if report.exceeded:

@@ -15,7 +15,8 @@ from distill_pipe.errors import UsageError
 if TYPE_CHECKING:
     from distill_pipe.produce.job import Job
 
-Root = Annotated[Path, typer.Argument(help="The dataset's folder.", metavar="DIR")]
+Root = Annotated[str, typer.Argument(help="The dataset's folder, or its address in an object store.",
+                                    metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -52,7 +53,7 @@ class ReplayDtypes(StrEnum):
 
 Target = Annotated[str | None, typer.Option(help="A known target, a local folder, or a hub id.")]
 Corpus = Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet; may be repeated.")]
-Out = Annotated[str | None, typer.Option(help="The dataset's folder; an existing run is continued.")]
+Out = Annotated[str | None, typer.Option(help="The dataset's folder or address; an existing run is continued.")]
 Writer = Annotated[Responses | None, typer.Option(help="Who writes the responses: target (default) or corpus.")]
 TopK = Annotated[int | None, typer.Option(help="Head entries per row [32].")]
 Coverage = Annotated[float | None, typer.Option(help="As many head entries per row as hold this share of the "

@@ -185,7 +185,8 @@ def _run_facts(found: "Forecast") -> dict[str, str]:
         "layers": ", ".join(map(str, found.layers)) or "none",
         "head and tail": f"{head}; {found.tail_samples} samples",
         "dataset": f"{_size(found.bytes)}: {found.bytes_per_token:,.0f} B per token, {found.bytes_per_row:,.0f} a row",
-        "on disk": f"{_size(found.disk_bytes)} with plan and records; {_size(found.free_bytes)} free",
+        "on disk": f"{_size(found.disk_bytes)} with plan and records; "
+                   f"{'in an object store' if found.free_bytes is None else _size(found.free_bytes) + ' free'}",
     }
     if found.disk_bytes_longest > found.disk_bytes:
         facts["at the longest"] = f"{_size(found.disk_bytes_longest)} on disk, if every response reached max_tokens"

@@ -11,6 +11,10 @@ settings.register_profile("any-machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any-machine")
 
 
+# The table of faults, and the S3 server that some of them need.
+pytest_plugins = ["faults.table", "faults.seaweed"]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Two processes run the tests of `make test`; see `processes` for which files go where."""

@@ -126,7 +126,7 @@ def test_the_tree_in_the_docstring_is_the_tree_of_the_classes() -> None:
     drawn: dict[str, tuple[str | None, int]] = {}
     above: list[tuple[int, str]] = []
     for line in errors.__doc__.splitlines():
-        if found := re.match(r"( +(?:│   )*(?:[├└]── )?)(\w+Error) +(\d)\b", line):
+        if found := re.match(r"( +(?:│   )*(?:[├└]── )?)(\w+Error) +(\d+)\b", line):
             depth, name = len(found[1]), found[2]
             above = [(d, n) for d, n in above if d < depth]
             drawn[name] = (above[-1][1] if above else None, int(found[3]))

@@ -258,7 +258,7 @@ def test_status_forecasts_from_the_times_of_commits(root: LocalRoot) -> None:
     assert (status(root).complete, status(root).eta_seconds) == (True, None)
     root.local(shard_name(2)).unlink()
     for shard, when in ((0, 1000.0), (1, 1060.0)):
-        os.utime(root.local(fragment_name(shard)), (when, when))
+        os.utime(root.local(shard_name(shard)), (when, when))
     half = status(root)
     assert (half.shards_done, half.complete) == (2, False)
     assert half.eta_seconds == pytest.approx(60)

@@ -16,7 +16,7 @@ from distill_pipe.store.commit import commit_shard
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Run, encode_record
 from distill_pipe.store.plan import Message, PlannedPrompt, num_shards, shard_range, write_plan_part
-from distill_pipe.store.root import LocalRoot, sha256_of
+from distill_pipe.store.root import open_root, sha256_of
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, HiddenCodec, RunSpec, TargetSpec
 from distill_pipe.store.trace import Trace
 
@@ -36,9 +36,9 @@ class Shape:
     prompts_per_shard: int = 4
 
 
-def start_run(root: Path, num_prompts: int, shape: Shape = Shape()) -> Run:
-    """Freeze a run and its plan below `root`."""
-    store = LocalRoot(root)
+def start_run(root: Path | str, num_prompts: int, shape: Shape = Shape()) -> Run:
+    """Freeze a run and its plan below `root`, a folder or an address."""
+    store = open_root(root)
     spec = RunSpec(
         target=TargetSpec(name="tiny", revision="sha256:" + "0" * 64, architecture="TinyForCausalLM", dtype="float32",
                           vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_layers=shape.num_layers,
@@ -59,15 +59,15 @@ def start_run(root: Path, num_prompts: int, shape: Shape = Shape()) -> Run:
     return run
 
 
-def commit_traces(root: Path, run: Run, traces: Sequence[Trace]) -> None:
+def commit_traces(root: Path | str, run: Run, traces: Sequence[Trace]) -> None:
     """Commit the traces of a whole run, shard by shard. They lose their hidden states on the way."""
     by_ordinal = {t.ordinal: t for t in traces}
     for shard in range(num_shards(run)):
         held = [encode_trace(by_ordinal[o], run.spec.capture.hidden_codec) for o in range(*shard_range(run, shard))]
-        commit_shard(LocalRoot(root), run, shard, held, [])
+        commit_shard(open_root(root), run, shard, held, [])
 
 
-def make_dataset(root: Path, num_prompts: int = 10, shape: Shape = Shape(), seed: int = 0) -> Run:
+def make_dataset(root: Path | str, num_prompts: int = 10, shape: Shape = Shape(), seed: int = 0) -> Run:
     """A committed dataset of random traces; `random_trace(ordinal, shape, seed)` makes any of them again."""
     run = start_run(root, num_prompts, shape)
     commit_traces(root, run, [random_trace(i, shape, seed) for i in range(num_prompts)])

@@ -22,7 +22,7 @@ from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.hidden_codec import decode_layers
 from distill_pipe.store.manifest import Fragment, Run, require_run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import MAIN_SCHEMA, read_main, traces_from_table
 from distill_pipe.store.sidecar import blobs_of, read_sidecar, read_sidecar_info, require_same_traces, sidecar_info
 
@@ -44,7 +44,7 @@ class Limits(NamedTuple):
 BY_DTYPE: Final = Limits()
 
 
-def audit_dataset(root: LocalRoot, traces: int, dtype: Dtype = "float32", target: str | None = None,
+def audit_dataset(root: Root, traces: int, dtype: Dtype = "float32", target: str | None = None,
                   limits: Limits = BY_DTYPE, on_start: Callable[[int], None] | None = None) -> AuditReport:
     """Replay `traces` traces, spread evenly over what is committed, in `dtype`.
 
@@ -122,10 +122,11 @@ def _require_same_target(run: Run, found: Target) -> bool:
     return checked
 
 
-def _audit_shard(root: LocalRoot, run: Run, fragment: Fragment, indices: list[int], replayer: Replayer,
+def _audit_shard(root: Root, run: Run, fragment: Fragment, indices: list[int], replayer: Replayer,
                  compared: Comparison) -> None:
-    path = root.local(fragment.file.name)
-    main = read_main(path, fragment.info, run.spec.capture)
+    path = f"{root}/{fragment.file.name}"
+    with root.fetched(fragment.file.name, fragment.file.size) as copy:
+        main = read_main(copy, fragment.info, run.spec.capture)
     if main.num_rows != fragment.info.traces:
         raise DamageError(f"{path} holds {main.num_rows} traces; its record says {fragment.info.traces}")
     for index, stored in zip(indices, _stored_states(root, run, fragment, main, indices), strict=True):
@@ -147,7 +148,7 @@ def _audit_shard(root: LocalRoot, run: Run, fragment: Fragment, indices: list[in
         compared.add_rows(trace, replayer.rows(trace, final_RH, run.spec.target.vocab_size))
 
 
-def _stored_states(root: LocalRoot, run: Run, fragment: Fragment, main: pa.Table,
+def _stored_states(root: Root, run: Run, fragment: Fragment, main: pa.Table,
                    indices: list[int]) -> Iterator[dict[int, Tensor]]:
     """The decoded states of each trace, by layer; decoded when asked for."""
     info = sidecar_info(run, fragment.info.shard)
@@ -155,11 +156,11 @@ def _stored_states(root: LocalRoot, run: Run, fragment: Fragment, main: pa.Table
         yield from ({} for _ in indices)
         return
     if fragment.info.hidden is None:
-        raise DamageError(f"{root.local(fragment.file.name)}: its record lacks the hidden-state sidecar")
-    path = root.local(fragment.info.hidden.name)
-    if read_sidecar_info(path) != info:
-        raise DamageError(f"{path} does not hold what this run captures of shard {info.shard}")
-    table = read_sidecar(path, info, info.layers, fragment.info.traces, fragment.info.tokens)
+        raise DamageError(f"{root}/{fragment.file.name}: its record lacks the hidden-state sidecar")
+    with root.fetched(fragment.info.hidden.name, fragment.info.hidden.size) as path:
+        if read_sidecar_info(path) != info:
+            raise DamageError(f"{path} does not hold what this run captures of shard {info.shard}")
+        table = read_sidecar(path, info, info.layers, fragment.info.traces, fragment.info.tokens)
     require_same_traces(table, main["ordinal"].to_pylist())
     for index in indices:
         yield decode_layers(blobs_of(table, info, index), info.codec, info.hidden_size)

@@ -39,7 +39,7 @@ from distill_pipe.produce.sink import ShardSink, SinkTimes
 from distill_pipe.produce.step import Request, StepCapture, Wanted
 from distill_pipe.store.manifest import FINAL_NORM, Run
 from distill_pipe.store.norm import write_final_norm
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import open_root
 from distill_pipe.store.shard import QuarantinedPrompt
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class CaptureMixin:
         from vllm.distributed.parallel_state import get_tp_group
 
         record = msgspec.json.decode(run, type=Run)
-        store, model = LocalRoot(root), self.model_runner.model
+        store, model = open_root(root), self.model_runner.model
         ships = get_tp_group().rank_in_group == 0
         seed = record.spec.sampling.seed if record.spec.sampling else 0
         compute_logits, shard = own_head(model)

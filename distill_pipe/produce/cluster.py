@@ -32,7 +32,7 @@ from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.engines import start_engine, start_renderer
 from distill_pipe.produce.worker import Progress, ShardWorker
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root, open_root
 
 SHARDS_IN_FLIGHT = 2
 POLL_SECONDS = 1.0
@@ -78,7 +78,7 @@ class _Replica:
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         # Ray sets this to the CPUs an actor reserves; OpenMP reads it when torch is imported below.
         os.environ["OMP_NUM_THREADS"] = str(self._cpu_threads)
-        run, root, model = msgspec.json.decode(self._run, type=Run), LocalRoot(self._root), self._plan.model
+        run, root, model = msgspec.json.decode(self._run, type=Run), open_root(self._root), self._plan.model
         renderer = start_renderer(run, model, self._plan.revision)
         engine = start_engine(run, root, model, self._plan.revision, self._plan.engine)
         return ShardWorker(engine, renderer, root, run)
@@ -97,7 +97,7 @@ class _Slot:
     deaths: int = 0
 
 
-def run_on_ray(plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int],
+def run_on_ray(plan: ClusterPlan, run: Run, root: Root, todo: deque[int],
                on_progress: Callable[[Progress], None]) -> None:
     """Run every shard in `todo` and report as they finish.
 
@@ -141,7 +141,7 @@ def _start_ray(ray: Any, plan: ClusterPlan) -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, todo: deque[int]) -> None:
+def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: Root, todo: deque[int]) -> None:
     """Give a slot shards up to its share, and let it run on when it is not already running. An engine that waits for a
     place holds no shards."""
     if slot.call is not None or not (todo or slot.shards):
@@ -158,7 +158,7 @@ def _feed(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot, t
         slot.call = slot.actor.advance.remote(fresh, POLL_SECONDS)
 
 
-def _start_replica(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: LocalRoot) -> Any:
+def _start_replica(ray: Any, slot: _Slot, plan: ClusterPlan, run: Run, root: Root) -> Any:
     kind, count = _engine_takes(ray, plan)
     threads = int(os.environ.get("OMP_NUM_THREADS")
                   or max((os.cpu_count() or 1) // (plan.workers * plan.engine.devices), 1))

@@ -8,7 +8,7 @@ from distill_pipe.produce.chat import Renderer
 from distill_pipe.produce.engine import EngineOptions, TargetEngine
 from distill_pipe.produce.fake_target import ARCHITECTURE, ByteRenderer, fake_spec
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.spec import EngineSpec, TargetSpec
 
 
@@ -22,7 +22,7 @@ def start_renderer(run: Run, model: str, revision: str | None) -> Renderer:
     return ByteRenderer() if run.spec.target.architecture == ARCHITECTURE else Renderer(model, revision)
 
 
-def start_engine(run: Run, root: LocalRoot, model: str, revision: str | None, options: EngineOptions) -> TargetEngine:
+def start_engine(run: Run, root: Root, model: str, revision: str | None, options: EngineOptions) -> TargetEngine:
     """Start the engine that the run was frozen with.
 
     Raises:

@@ -30,7 +30,7 @@ from distill_pipe.produce.sink import ShardOutcome, ShardSink
 from distill_pipe.produce.step import NO_TOKEN
 from distill_pipe.store.manifest import FINAL_NORM, Run
 from distill_pipe.store.norm import write_final_norm
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import QuarantinedPrompt
 
 
@@ -46,7 +46,7 @@ class _Sequence:
 class FakeEngine:
     """See `TargetEngine` for the contract. Runs at most `max_num_seqs` prompts at a time."""
 
-    def __init__(self, run: Run, root: LocalRoot, max_num_seqs: int) -> None:
+    def __init__(self, run: Run, root: Root, max_num_seqs: int) -> None:
         self._run, self._max_num_seqs = run, max_num_seqs
         self._sink = ShardSink(root, run)
         self._head = HeadReducer(run.spec.capture)

@@ -5,7 +5,6 @@ config.json the memory (`memory`). The trade-off: the rates are of one target on
 deserves a probe.
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -25,7 +24,7 @@ from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.manifest import read_run, require_same_run
 from distill_pipe.store.plan import write_plan_part
-from distill_pipe.store.root import LocalRoot, existing_folder
+from distill_pipe.store.root import Root, open_root
 from distill_pipe.store.spec import EngineSpec, HiddenCodec, RunSpec
 
 SAMPLE: Final = 512
@@ -65,7 +64,7 @@ class Forecast(Struct, frozen=True, kw_only=True):
     bytes_per_row: float
     disk_bytes: int
     disk_bytes_longest: int
-    free_bytes: int
+    free_bytes: int | None
     memory: Memory
     probe: Probe | None
     notes: tuple[str, ...]
@@ -79,7 +78,8 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
         StorageFullError: the dataset does not fit the disk.
     """
     target, spec = prepare(job, _engine)
-    left = _shards_left(LocalRoot(job.out), spec)
+    root = open_root(job.out)
+    left = _shards_left(root, spec)
     read = read_sample(job, spec, target.folder, evenly(spec.corpus.prompts, sample))
     response, source = _assumed_response(job)
     totals, engines = read.totals(spec, response), min(job.workers, spec.num_shards)
@@ -97,8 +97,10 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
         probed = replace(probed, hours=totals.token / probed.tokens_per_second / engines / 3600)
     cost = cost_of(rates, totals, spec, _plan_bytes(read, spec))
     longest = cost_of(rates, read.totals(spec, job.sampling.max_tokens), spec, cost.plan)
-    free = shutil.disk_usage(existing_folder(Path(job.out))).free
-    require_room(cost, spec, left / spec.num_shards, free, job.out)
+    free, tight = root.free_bytes(), False
+    if free is not None:
+        require_room(cost, spec, left / spec.num_shards, free, job.out)
+        tight = longest.disk * left / spec.num_shards > free / MARGIN
     share = spec.corpus.prompts / len(read.prompts)
     return Forecast(
         target=spec.target.name, fingerprint=None if spec.engine.name == _NO_ENGINE else spec.fingerprint,
@@ -112,7 +114,7 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
         codecs=cost.codecs, bytes=cost.data, bytes_per_token=cost.data / totals.token,
         bytes_per_row=cost.data / totals.row, disk_bytes=cost.disk, disk_bytes_longest=longest.disk, free_bytes=free,
         memory=memory, probe=probed,
-        notes=_notes(job, read, memory, probed, longest.disk * left / spec.num_shards > free / MARGIN))
+        notes=_notes(job, read, memory, probed, tight))
 
 
 def _notes(job: Job, read: Sample, memory: Memory, probed: Probe | None, longest_is_too_much: bool) -> tuple[str, ...]:
@@ -145,7 +147,7 @@ def _engine(max_model_len: int) -> EngineSpec:
         return EngineSpec(name=_NO_ENGINE, version="0", max_model_len=max_model_len)
 
 
-def _shards_left(root: LocalRoot, spec: RunSpec) -> int:
+def _shards_left(root: Root, spec: RunSpec) -> int:
     stored = read_run(root)
     if stored is None:
         if not root.is_unused():

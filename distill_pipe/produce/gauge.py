@@ -24,7 +24,7 @@ from distill_pipe.produce.job import Job
 from distill_pipe.produce.vllm_engine import VllmEngine
 from distill_pipe.produce.worker import ShardWorker
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import LocalRoot, Root
 from distill_pipe.store.status import status as read_status
 
 QUESTIONS = ("Explain how tides work, step by step.", "Write a short story about a lighthouse.",
@@ -61,7 +61,7 @@ class RecordingEngine(VllmEngine):
 
     finished: list[FinishedTrace]
 
-    def open(self, run: Run, root: LocalRoot) -> None:
+    def open(self, run: Run, root: Root) -> None:
         super().open(run, root)
         self.finished = []
 
@@ -105,7 +105,7 @@ def gauge_capture(job: Job, rounds: int) -> Gauge:
         return _summary(engine.finished, measured, times, status.bytes / max(status.rows, 1))
 
 
-def capture_all(engine: VllmEngine, renderer: Renderer, run: Run, root: LocalRoot) -> float:
+def capture_all(engine: VllmEngine, renderer: Renderer, run: Run, root: Root) -> float:
     """Seconds to run and commit every shard of a run."""
     worker = ShardWorker(engine, renderer, root, run)
     started = time.monotonic()

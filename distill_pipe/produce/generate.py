@@ -19,7 +19,7 @@ from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
 from distill_pipe.store.card import write_card
-from distill_pipe.store.commit import adopt_shard, committed_shards
+from distill_pipe.store.commit import committed_shards, restore_fragments
 from distill_pipe.store.manifest import (
     RUN,
     FileRef,
@@ -31,7 +31,7 @@ from distill_pipe.store.manifest import (
     require_same_run,
 )
 from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
-from distill_pipe.store.root import LocalRoot, sha256_of
+from distill_pipe.store.root import Root, open_root, require_exclusive_create, sha256_of
 from distill_pipe.store.shard import read_quarantine
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, RunSpec
 
@@ -68,16 +68,16 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     Raises:
         DistillPipeError: see `errors`; the dataset stays valid, and the same call continues it.
     """
-    root = LocalRoot(job.out)
+    root = open_root(job.out)
     target, spec = prepare(job)
     run = read_run(root) or freeze(root, spec, job)
     require_same_run(root, run, spec)
+    require_exclusive_create(root)
     for part in run.plan:
         check_file(root, part)
     write_card(root, run)
     done = committed_shards(root)
-    for shard in done:
-        adopt_shard(root, run, shard)
+    restore_fragments(root, run, done)
     todo = deque(s for s in range(num_shards(run)) if s not in done)
     on_start(run, len(todo))
     failed = 0
@@ -110,7 +110,7 @@ def _check_capture(job: Job, target: Target, capture: CaptureSpec) -> None:
                          f"{job.target} can take")
 
 
-def freeze(root: LocalRoot, spec: RunSpec, job: Job) -> Run:
+def freeze(root: Root, spec: RunSpec, job: Job) -> Run:
     """Write plan and run.json of a new run; the plan's names hold its content, so a repeat is harmless."""
     if not root.is_unused():
         raise UsageError(not_ours(root))
@@ -137,13 +137,14 @@ def _parts(spec: RunSpec, job: Job) -> Iterator[Iterator[list[PlannedPrompt]]]:
         yield (list(islice(prompts, spec.prompts_per_shard)) for _ in range(count))
 
 
-def _failures(root: LocalRoot, quarantine: FileRef | None, limit: int) -> int:
+def _failures(root: Root, quarantine: FileRef | None, limit: int) -> int:
     if quarantine is None:
         return 0
-    prompts = read_quarantine(root.local(quarantine.name), limit)
+    with root.fetched(quarantine.name, quarantine.size) as path:
+        prompts = read_quarantine(path, limit)
     return sum(p.code in ("engine", "not_finite") for p in prompts)
 
 
-def not_ours(root: LocalRoot) -> str:
+def not_ours(root: Root) -> str:
     """Why nothing is written to a folder that holds something else."""
     return f"{root} is not empty and is not a distill-pipe dataset; choose another output folder"

@@ -28,7 +28,7 @@ from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.hidden_codec import decode_layers, encode_hidden
 from distill_pipe.store.manifest import Fragment, Run
 from distill_pipe.store.plan import PlannedPrompt
-from distill_pipe.store.root import LocalRoot, existing_folder
+from distill_pipe.store.root import LocalRoot, existing_folder, open_root
 from distill_pipe.store.shard import MAIN_SCHEMA, read_main, traces_from_table
 from distill_pipe.store.sidecar import (
     EncodedTrace,
@@ -59,6 +59,9 @@ class Probe(Struct, frozen=True, kw_only=True):
 def run_probe(job: Job, prompts: Sequence[PlannedPrompt]) -> tuple[Probe, Rates]:
     """Really run a few prompts, in a temporary folder that is gone afterwards. `Probe.hours` is left at 0."""
     # Engines on other machines see what lies beside the dataset, and not this machine's temporary folder.
+    if job.address and not isinstance(open_root(job.out), LocalRoot):
+        raise UsageError("a probe on a cluster writes beside the dataset, which must be in a folder that all of it "
+                         "shares; leave out --probe, or give such a folder as `out`")
     parent = existing_folder(Path(job.out).absolute().parent) if job.address else None
     with tempfile.TemporaryDirectory(prefix="distill-pipe-probe-", dir=parent) as folder:
         corpus = Path(folder, "prompts.jsonl")

@@ -32,7 +32,7 @@ from distill_pipe.produce.backlog import Backlog
 from distill_pipe.produce.captured import CapturedStep, by_prompt, coded_step
 from distill_pipe.store.commit import commit_shard
 from distill_pipe.store.manifest import Fragment, Run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import QuarantinedPrompt
 from distill_pipe.store.sidecar import EncodedTrace
 
@@ -74,7 +74,7 @@ class ShardSink:
     """Encodes, assembles and commits on a thread of its own. All public methods are called from the engine's thread and
     raise CaptureError once that thread has died; only `add` can take long."""
 
-    def __init__(self, root: LocalRoot, run: Run, backlog_bytes: int = BACKLOG_BYTES) -> None:
+    def __init__(self, root: Root, run: Run, backlog_bytes: int = BACKLOG_BYTES) -> None:
         self._root, self._run = root, run
         self._assembler = Assembler(run.spec.capture)
         self._open: dict[int, _OpenShard] = defaultdict(_OpenShard)

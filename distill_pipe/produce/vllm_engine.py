@@ -22,7 +22,7 @@ from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Re
 from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.produce.step import NO_TOKEN, Wanted
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import QuarantinedPrompt
 from distill_pipe.store.spec import EngineSpec, RunSpec
 
@@ -50,7 +50,7 @@ def vllm_spec(max_model_len: int) -> EngineSpec:
 class VllmEngine:
     """A vLLM engine that captures one run. See `TargetEngine` for the contract."""
 
-    def __init__(self, model: str, revision: str | None, run: Run, root: LocalRoot,
+    def __init__(self, model: str, revision: str | None, run: Run, root: Root,
                  options: EngineOptions) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -80,7 +80,7 @@ class VllmEngine:
             raise EngineStartError(f"vLLM cannot run {model}: {_reason(error)}") from error
         self.open(run, root)
 
-    def open(self, run: Run, root: LocalRoot) -> None:
+    def open(self, run: Run, root: Root) -> None:
         """Capture `run` from now on; it may differ from the last one in everything but target, layers and context.
 
         Raises:

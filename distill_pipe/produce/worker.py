@@ -14,7 +14,7 @@ from distill_pipe.produce.engine import Request, RequestError, Response, TargetE
 from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import PlannedPrompt, read_planned_shard
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import QuarantinedPrompt
 
 MESSAGE_CHARACTERS = 2000
@@ -42,7 +42,7 @@ class _OpenShard:
 class ShardWorker:
     """Drives one engine over the shards it is given."""
 
-    def __init__(self, engine: TargetEngine, renderer: Renderer, root: LocalRoot, run: Run) -> None:
+    def __init__(self, engine: TargetEngine, renderer: Renderer, root: Root, run: Run) -> None:
         self._engine, self._renderer, self._root, self._run = engine, renderer, root, run
         self._open: dict[int, _OpenShard] = {}
         self._shard_of: dict[int, int] = {}

@@ -4,7 +4,7 @@ Without its `configs:` a generic reader would merge shards, sidecars and plan in
 """
 
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.spec import CaptureSpec
 
 _CARD = """---
@@ -34,7 +34,7 @@ distill-pipe; everything but the hidden states is plain Parquet lists.
 """
 
 
-def write_card(root: LocalRoot, run: Run) -> None:
+def write_card(root: Root, run: Run) -> None:
     """Write the card unless there is one already."""
     if root.size("README.md") is not None:
         return

@@ -10,7 +10,7 @@ main shard wins and every other attempt adopts it. A crash leaves at most orphan
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from distill_pipe.store.manifest import (
     sidecar_name,
 )
 from distill_pipe.store.plan import shard_range
-from distill_pipe.store.root import LocalRoot, Root, sha256_of
+from distill_pipe.store.root import Root, sha256_of
 from distill_pipe.store.shard import (
     QuarantinedPrompt,
     main_table,
@@ -53,10 +53,10 @@ from distill_pipe.store.statistics import (
 )
 from distill_pipe.store.trace import Trace
 
-HIDDEN, QUARANTINE = "hidden_states/train", "_quarantine"
+DATA, HIDDEN, QUARANTINE, MANIFEST_FOLDER = "data", "hidden_states/train", "_quarantine", "_manifest"
 
 
-def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[EncodedTrace],
+def commit_shard(root: Root, run: Run, shard: int, traces: Sequence[EncodedTrace],
                  quarantined: Sequence[QuarantinedPrompt]) -> Fragment:
     """Write and commit one shard; returns the fragment of whichever attempt won.
 
@@ -95,7 +95,7 @@ def commit_shard(root: LocalRoot, run: Run, shard: int, traces: Sequence[Encoded
     return fragment
 
 
-def adopt_shard(root: LocalRoot, run: Run, shard: int) -> Fragment:
+def adopt_shard(root: Root, run: Run, shard: int) -> Fragment:
     """The fragment of a shard that is already committed; put back when it is missing. Raises as `shard_fragment`."""
     fragment = shard_fragment(root, run, shard)
     if read_fragment(root, shard) != fragment:
@@ -103,7 +103,7 @@ def adopt_shard(root: LocalRoot, run: Run, shard: int) -> Fragment:
     return fragment
 
 
-def shard_fragment(root: LocalRoot, run: Run, shard: int) -> Fragment:
+def shard_fragment(root: Root, run: Run, shard: int) -> Fragment:
     """The fragment of a committed shard, or what it must have been according to the shard's footer. Writes nothing.
 
     Raises:
@@ -114,13 +114,23 @@ def shard_fragment(root: LocalRoot, run: Run, shard: int) -> Fragment:
     if fragment is not None and (fragment.info.fingerprint, fragment.info.shard, fragment.file.name) == (
             run.fingerprint, shard, shard_name(shard)):
         return fragment
-    path = root.local(shard_name(shard))
-    info = read_shard_info(path)
-    first, stop = shard_range(run, shard)
-    if (info.fingerprint, info.shard, info.first_ordinal, info.num_prompts) != (run.fingerprint, shard, first,
-                                                                               stop - first):
-        raise MismatchError(f"{path} belongs to another run or another shard; it was left untouched")
-    return Fragment(file=_file_ref(path, shard_name(shard)), info=info)
+    with root.fetched(shard_name(shard)) as path:
+        info = read_shard_info(path)
+        first, stop = shard_range(run, shard)
+        if (info.fingerprint, info.shard, info.first_ordinal, info.num_prompts) != (run.fingerprint, shard, first,
+                                                                                   stop - first):
+            raise MismatchError(f"{path} belongs to another run or another shard; it was left untouched")
+        return Fragment(file=_file_ref(path, shard_name(shard)), info=info)
+
+
+def restore_fragments(root: Root, run: Run, shards: Iterable[int]) -> int:
+    """Put back the fragments that committed shards lack, and return how many did. One listing, however many shards are
+    whole; a fragment that is there is not read. Raises as `shard_fragment`."""
+    held = set(root.names(MANIFEST_FOLDER))
+    lost = [shard for shard in shards if fragment_name(shard) not in held]
+    for shard in lost:
+        adopt_shard(root, run, shard)
+    return len(lost)
 
 
 def committed_shards(root: Root) -> set[int]:
@@ -131,13 +141,19 @@ def committed_shards(root: Root) -> set[int]:
 def listed_shards(root: Root) -> tuple[list[int], list[str]]:
     """What lies in `data/`: the numbers of main shards, and the names of files that are none."""
     shards, strangers = [], []
-    for name in root.names("data"):
-        digits = name.removesuffix(".parquet").rpartition("-")[2]
-        if digits.isdecimal() and shard_name(int(digits)) == name:
-            shards.append(int(digits))
-        else:
+    for name in root.names(DATA):
+        shard = shard_of(name)
+        if shard is None:
             strangers.append(name)
+        else:
+            shards.append(shard)
     return shards, strangers
+
+
+def shard_of(name: str) -> int | None:
+    """The number of the main shard that is committed at `name`; None for any other file."""
+    digits = name.removesuffix(".parquet").rpartition("-")[2]
+    return int(digits) if digits.isdecimal() and shard_name(int(digits)) == name else None
 
 
 def _require_coverage(run: Run, shard: int, traces: Sequence[EncodedTrace],

@@ -35,7 +35,7 @@ from distill_pipe.store.manifest import (
 from distill_pipe.store.parquet import Limit, read_table
 from distill_pipe.store.parquet_writer import METADATA_KEY, write_table
 from distill_pipe.store.plan import num_shards
-from distill_pipe.store.root import LocalRoot, sha256_of
+from distill_pipe.store.root import Root, sha256_of
 from distill_pipe.store.shard import read_main, traces_from_table
 from distill_pipe.store.spec import FORMAT_VERSION, Sha256
 from distill_pipe.store.statistics import (
@@ -101,7 +101,7 @@ class Final(Struct, frozen=True, kw_only=True):
     statistics: DatasetStatistics
 
 
-def finalize(root: LocalRoot) -> Final:
+def finalize(root: Root) -> Final:
     """Sum up a complete dataset and write the summary.
 
     Raises:
@@ -131,7 +131,7 @@ def finalize(root: LocalRoot) -> Final:
 class _Summary:
     """What is kept of the shards, added one at a time."""
 
-    def __init__(self, root: LocalRoot, run: Run) -> None:
+    def __init__(self, root: Root, run: Run) -> None:
         self._root, self._run = root, run
         self._statistics = ShardStatistics()
         self._hidden: dict[int, HiddenError] = {}
@@ -191,12 +191,12 @@ def _manifest_row(fragment: Fragment) -> dict[str, object]:
                                                                     for name in _MEASURED}
 
 
-def stored_tokens(root: LocalRoot, run: Run, fragment: Fragment) -> pa.Table | None:
+def stored_tokens(root: Root, run: Run, fragment: Fragment) -> pa.Table | None:
     """The token table beside the fragment, or None where there is none or it cannot be that of the shard."""
     limit = Limit(run.spec.target.vocab_size)
     try:
-        table = read_table(root.local(token_table_name(fragment_name(fragment.info.shard))), TOKEN_SCHEMA,
-                           dict.fromkeys(TOKEN_SCHEMA.names, limit))
+        with root.fetched(token_table_name(fragment_name(fragment.info.shard))) as path:
+            table = read_table(path, TOKEN_SCHEMA, dict.fromkeys(TOKEN_SCHEMA.names, limit))
     except DamageError:
         return None
     ids_V, count_V, mass_V = (table[name].to_numpy() for name in TOKEN_SCHEMA.names)
@@ -207,16 +207,16 @@ def stored_tokens(root: LocalRoot, run: Run, fragment: Fragment) -> pa.Table | N
     return table if plausible else None
 
 
-def _counted_tokens(root: LocalRoot, run: Run, fragment: Fragment) -> pa.Table:
-    path = root.local(fragment.file.name)
+def _counted_tokens(root: Root, run: Run, fragment: Fragment) -> pa.Table:
     try:
-        traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture)))
+        with root.fetched(fragment.file.name, fragment.file.size) as path:
+            traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture)))
         return token_table(traces, run.spec.target.vocab_size)
     except CaptureError as error:
-        raise DamageError(f"{path}: {error}") from error
+        raise DamageError(f"{root}/{fragment.file.name}: {error}") from error
 
 
-def _publish(root: LocalRoot, path: Path, name: str) -> FileRef:
+def _publish(root: Root, path: Path, name: str) -> FileRef:
     ref = FileRef(name=name, sha256=sha256_of(path), size=path.stat().st_size)
     root.publish(path, name)
     return ref

@@ -9,7 +9,7 @@ from distill_pipe.errors import UsageError
 from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.manifest import Run, require_run
 from distill_pipe.store.plan import num_shards
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import read_main, traces_from_table
 from distill_pipe.store.trace import Trace
 
@@ -25,7 +25,7 @@ class InspectedToken(Struct, frozen=True, kw_only=True):
     tail_mass: float | None
 
 
-def inspect_trace(root: LocalRoot, ordinal: int, candidates: int) -> tuple[list[InspectedToken], Run]:
+def inspect_trace(root: Root, ordinal: int, candidates: int) -> tuple[list[InspectedToken], Run]:
     """The tokens of one trace, with at most `candidates` head entries each.
 
     Raises:
@@ -38,7 +38,8 @@ def inspect_trace(root: LocalRoot, ordinal: int, candidates: int) -> tuple[list[
     if shard not in committed_shards(root):
         raise UsageError(f"trace {ordinal} is in shard {shard}, which is not committed yet")
     fragment = shard_fragment(root, run, shard)
-    table = read_main(root.local(fragment.file.name), fragment.info, run.spec.capture)
+    with root.fetched(fragment.file.name, fragment.file.size) as path:
+        table = read_main(path, fragment.info, run.spec.capture)
     rows = np.flatnonzero(table["ordinal"].to_numpy() == ordinal)
     if len(rows) == 0:
         raise UsageError(f"trace {ordinal} was quarantined; see {root}/_quarantine")

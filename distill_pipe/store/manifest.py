@@ -8,13 +8,16 @@ Records of shards may gain fields and are read without those that this version d
 field that is not understood there could change what every number means.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from distill_pipe.errors import MismatchError
-from distill_pipe.store.root import LocalRoot, Root, sha256_of
+from distill_pipe.store.root import Root, sha256_of
 from distill_pipe.store.spec import FORMAT_VERSION, RunSpec, Sha256, spec_differences
 from distill_pipe.store.statistics import ShardStatistics
 
@@ -139,7 +142,7 @@ def require_run(root: Root) -> Run:
     return run
 
 
-def require_same_run(root: LocalRoot, stored: Run, given: RunSpec) -> None:
+def require_same_run(root: Root, stored: Run, given: RunSpec) -> None:
     """Refuse to continue a dataset under other settings.
 
     Raises:
@@ -162,20 +165,28 @@ def read_fragment(root: Root, shard: int) -> Fragment | None:
         return None
 
 
-def check_file(root: LocalRoot, ref: FileRef) -> None:
-    """Hold a file against its record.
+@contextmanager
+def checked(root: Root, ref: FileRef) -> Iterator[Path]:
+    """A file that is what its record says, as a local path.
 
     Raises:
         MismatchError: it is missing, or has another size or hash.
     """
-    path = root.local(ref.name)
-    size = root.size(ref.name)
+    where, size = f"{root}/{ref.name}", root.size(ref.name)
     if size is None:
-        raise MismatchError(f"{path} is missing")
+        raise MismatchError(f"{where} is missing")
     if size != ref.size:
-        raise MismatchError(f"{path} has {size} bytes, expected {ref.size}")
-    if sha256_of(path) != ref.sha256:
-        raise MismatchError(f"{path} has changed: its sha256 is not the one recorded")
+        raise MismatchError(f"{where} has {size} bytes, expected {ref.size}")
+    with root.fetched(ref.name, ref.size) as path:
+        if sha256_of(path) != ref.sha256:
+            raise MismatchError(f"{where} has changed: its sha256 is not the one recorded")
+        yield path
+
+
+def check_file(root: Root, ref: FileRef) -> None:
+    """Hold a file against its record. Raises as `checked`."""
+    with checked(root, ref):
+        return
 
 
 def decode_record(data: bytes, kind: type[Record], where: str) -> Record:
@@ -200,3 +211,8 @@ class _Version(Struct):
 
     format_version: int | None = None
     info: "_Version | None" = None
+
+
+# Two threads that are the first to decode a type at the same moment can crash the process: be the first here.
+for _kind in (_Version, Run, ShardInfo, Fragment):
+    msgspec.json.Decoder(_kind)

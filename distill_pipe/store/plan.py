@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from distill_pipe.errors import MismatchError
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 
 SHARDS_PER_PART = 1000
 _SCHEMA = pa.schema([("ordinal", pa.int64()), ("prompt_id", pa.string()), ("domain", pa.string()),
@@ -60,7 +60,7 @@ def num_shards(run: Run) -> int:
     return run.spec.num_shards
 
 
-def read_planned_shard(root: LocalRoot, run: Run, shard: int) -> list[PlannedPrompt]:
+def read_planned_shard(root: Root, run: Run, shard: int) -> list[PlannedPrompt]:
     """The prompts of one shard, in ordinal order.
 
     Raises:
@@ -68,8 +68,8 @@ def read_planned_shard(root: LocalRoot, run: Run, shard: int) -> list[PlannedPro
     """
     part = run.plan[shard // SHARDS_PER_PART]
     try:
-        with pq.ParquetFile(root.local(part.name), page_checksum_verification=True,
-                            arrow_extensions_enabled=False) as file:
+        with root.fetched(part.name, part.size) as path, pq.ParquetFile(
+                path, page_checksum_verification=True, arrow_extensions_enabled=False) as file:
             table = file.read_row_group(shard % SHARDS_PER_PART)
             if not table.schema.equals(_SCHEMA):
                 raise MismatchError(f"{root}/{part.name} does not have the columns of a plan")

@@ -37,6 +37,10 @@ class SidecarInfo(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[int, ...]
 
 
+# As in `manifest`: no thread must be the first to decode it.
+msgspec.json.Decoder(SidecarInfo)
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedTrace:
     """A trace whose hidden states are blobs, so that a shard in the making holds few bytes. `errors` holds, by layer,

@@ -13,10 +13,10 @@ from msgspec import Struct
 
 from distill_pipe.errors import DamageError, DistillPipeError, MismatchError
 from distill_pipe.store.commit import HIDDEN, QUARANTINE, listed_shards, shard_fragment
-from distill_pipe.store.manifest import FINAL_NORM, FileRef, Fragment, Run, check_file, require_run
+from distill_pipe.store.manifest import FINAL_NORM, FileRef, Fragment, Run, check_file, checked, require_run
 from distill_pipe.store.norm import read_final_norm
 from distill_pipe.store.plan import num_shards, shard_range
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import read_main, read_quarantine, read_shard_info, require_counts, traces_from_table
 from distill_pipe.store.sidecar import check_sidecar, read_sidecar, read_sidecar_info, sidecar_info
 from distill_pipe.store.trace import Trace
@@ -43,7 +43,7 @@ class Report(Struct, frozen=True, kw_only=True):
         return not self.problems and self.missing_prompts == 0 and self.doubled_prompts == 0
 
 
-def verify(root: LocalRoot) -> Report:
+def verify(root: Root) -> Report:
     """Read the whole dataset and report.
 
     Raises:
@@ -75,7 +75,7 @@ def verify(root: LocalRoot) -> Report:
                   doubled_prompts=sum(n > 1 for n in seen.values()), orphans=orphans, problems=tuple(problems))
 
 
-def _root_problems(root: LocalRoot, run: Run) -> Iterator[str]:
+def _root_problems(root: Root, run: Run) -> Iterator[str]:
     """What is wrong with the files that belong to no shard: the plan, and the final norm where it was stored."""
     for ref in run.plan:
         try:
@@ -90,26 +90,25 @@ def _root_problems(root: LocalRoot, run: Run) -> Iterator[str]:
         yield str(error)
 
 
-def _verify_shard(root: LocalRoot, run: Run, shard: int) -> tuple[Fragment, list[int], list[int]]:
+def _verify_shard(root: Root, run: Run, shard: int) -> tuple[Fragment, list[int], list[int]]:
     if shard >= num_shards(run):
         raise MismatchError(f"shard {shard} is not in the plan, which ends at shard {num_shards(run) - 1}")
     fragment = shard_fragment(root, run, shard)
-    path = root.local(fragment.file.name)
-    check_file(root, fragment.file)
-    if read_shard_info(path) != fragment.info:
-        raise MismatchError(f"{path}: its footer and its fragment disagree")
-    traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture), run.spec.target.vocab_size))
-    _require_recorded(path, fragment, run, traces)
+    with checked(root, fragment.file) as path:
+        if read_shard_info(path) != fragment.info:
+            raise MismatchError(f"{path}: its footer and its fragment disagree")
+        traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture), run.spec.target.vocab_size))
+        _require_recorded(path, fragment, run, traces)
     if fragment.info.hidden is not None:
         _verify_sidecar(root, run, fragment, fragment.info.hidden, traces)
     traced = [trace.ordinal for trace in traces]
     given_up: list[int] = []
     if fragment.info.quarantine is not None:
-        check_file(root, fragment.info.quarantine)
-        quarantine = root.local(fragment.info.quarantine.name)
-        given_up = [p.ordinal for p in read_quarantine(quarantine, fragment.info.quarantined)]
+        with checked(root, fragment.info.quarantine) as path:
+            given_up = [p.ordinal for p in read_quarantine(path, fragment.info.quarantined)]
     if sorted(traced + given_up) != list(range(*shard_range(run, shard))):
-        raise MismatchError(f"{path}: its traces and quarantined prompts are not exactly those of its plan")
+        raise MismatchError(f"{root}/{fragment.file.name}: its traces and quarantined prompts are not exactly those of "
+                            "its plan")
     return fragment, traced, given_up
 
 
@@ -125,14 +124,13 @@ def _require_recorded(path: Path, fragment: Fragment, run: Run, traces: list[Tra
             raise DamageError(f"{path}: prompt {trace.ordinal}: a head holds a token twice")
 
 
-def _verify_sidecar(root: LocalRoot, run: Run, fragment: Fragment, ref: FileRef, traces: list[Trace]) -> None:
-    check_file(root, ref)
-    path = root.local(ref.name)
-    info = read_sidecar_info(path)
-    if info != sidecar_info(run, fragment.info.shard):
-        raise MismatchError(f"{path} does not hold what its run captures of shard {fragment.info.shard}")
-    table = read_sidecar(path, info, info.layers, fragment.info.traces, fragment.info.tokens)
+def _verify_sidecar(root: Root, run: Run, fragment: Fragment, ref: FileRef, traces: list[Trace]) -> None:
+    with checked(root, ref) as path:
+        info = read_sidecar_info(path)
+        if info != sidecar_info(run, fragment.info.shard):
+            raise MismatchError(f"{path} does not hold what its run captures of shard {fragment.info.shard}")
+        table = read_sidecar(path, info, info.layers, fragment.info.traces, fragment.info.tokens)
     try:
         check_sidecar(table, info, traces)
     except DamageError as error:
-        raise DamageError(f"{path}: {error}") from None
+        raise DamageError(f"{root}/{ref.name}: {error}") from None

@@ -1,0 +1,69 @@
+"""What a local disk needs beyond Python's own calls: folders and names that survive a power cut, listings without a
+`stat` per file, and its failures as errors of ours."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill_pipe.errors import StorageFullError, StoreError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BROKEN = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT}
+
+
+@contextmanager
+def storage_failures(where: str) -> Iterator[None]:
+    """What a file system answers when it is full or broken, as errors of ours.
+
+    Raises:
+        StorageFullError, StoreError, UsageError: it has no room, it failed, it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFullError(f"{where}: {os.strerror(error.errno)}; free some room, then run the same command "
+                                   "again") from error
+        if error.errno in _BROKEN:
+            raise StoreError(f"{where}: {os.strerror(error.errno)}; what is committed is safe, and the same command "
+                             "continues") from error
+        if error.errno == errno.EROFS:
+            raise UsageError(f"{where} is on a read-only file system; choose another folder") from error
+        raise
+
+
+def walk(folder: Path, prefix: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    """The files below a folder, with names that start with `prefix`. Folders behind links are not entered."""
+    try:
+        with os.scandir(folder) as found:
+            held = sorted(found, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in held:
+        name = f"{prefix}/{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(Path(entry.path), name)
+        elif entry.is_file():
+            yield name, entry
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it, each entry synced."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
