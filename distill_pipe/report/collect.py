@@ -5,7 +5,7 @@ traces are read from the files themselves: from all of them while there are few,
 trade-off: commit times are those of the fragment files, so a dataset that was copied shows when it was copied.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,10 @@ import pyarrow as pa
 from distill_pipe.report.facts import Bar, ColumnBytes, Distribution, Reason, Report, Step, ViewedTrace
 from distill_pipe.report.viewed import viewed_trace
 from distill_pipe.store.column_sizes import column_sizes
-from distill_pipe.store.commit import committed_shards, shard_fragment
+from distill_pipe.store.commit import DATA, committed_shards, shard_fragment
 from distill_pipe.store.finalize import stored_tokens
-from distill_pipe.store.manifest import Fragment, Run, fragment_name, require_run
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.manifest import Fragment, Run, require_run
+from distill_pipe.store.root import Root
 from distill_pipe.store.shard import read_main, read_quarantine, traces_from_table
 from distill_pipe.store.statistics import (
     Histogram,
@@ -44,7 +44,7 @@ class Commit:
     quarantined: int
 
 
-def collect(root: LocalRoot, decode: Callable[[int], str], traces: int = 6) -> Report:
+def collect(root: Root, decode: Callable[[int], str], traces: int = 6) -> Report:
     """Everything on the page, with `traces` sample traces whose tokens `decode` turns into text.
 
     Raises:
@@ -53,6 +53,7 @@ def collect(root: LocalRoot, decode: Callable[[int], str], traces: int = 6) -> R
     """
     run = require_run(root)
     fragments = [shard_fragment(root, run, shard) for shard in sorted(committed_shards(root))]
+    written = {entry.name: entry.modified for entry in root.entries(DATA)}
     infos = [f.info for f in fragments]
     rows = sum(i.rows for i in infos)
     opened = spread(fragments, MOST_SHARDS_READ)
@@ -63,7 +64,7 @@ def collect(root: LocalRoot, decode: Callable[[int], str], traces: int = 6) -> R
         traces=sum(i.traces for i in infos), quarantined=sum(i.quarantined for i in infos),
         tokens=sum(i.tokens for i in infos), rows=rows, bytes=sum(map(_bytes, fragments)),
         tail_mass_mean=sum(i.measured.tail_mass_mean * i.rows for i in infos) / max(rows, 1),
-        steps=throughput([_commit(root, f) for f in fragments]),
+        steps=throughput([_commit(f, written) for f in fragments]),
         distributions=_distributions(merge(i.measured.statistics for i in infos)),
         columns=_columns(root, opened, fragments), vocab_size=run.spec.target.vocab_size,
         coverage=_coverage(root, run, fragments), reasons=_reasons(root, opened), viewed=viewed,
@@ -102,11 +103,9 @@ def throughput(commits: Sequence[Commit]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _commit(root: LocalRoot, fragment: Fragment) -> Commit:
+def _commit(fragment: Fragment, written: Mapping[str, float]) -> Commit:
     info = fragment.info
-    named = fragment_name(info.shard)
-    path = root.local(named if root.size(named) is not None else fragment.file.name)
-    return Commit(path.stat().st_mtime, info.tokens, info.num_prompts, info.quarantined)
+    return Commit(written[fragment.file.name], info.tokens, info.num_prompts, info.quarantined)
 
 
 def _bytes(fragment: Fragment) -> int:
@@ -154,7 +153,7 @@ def _distribution(title: str, note: str, counted: str, found: Histogram) -> Dist
     return Distribution(title=title, note=note, counted=counted, scale=found.scale, bars=bars)
 
 
-def _columns(root: LocalRoot, opened: Sequence[Fragment], fragments: Sequence[Fragment]) -> tuple[ColumnBytes, ...]:
+def _columns(root: Root, opened: Sequence[Fragment], fragments: Sequence[Fragment]) -> tuple[ColumnBytes, ...]:
     """Bytes by column, the largest first; what files hold beside their columns is `footers`."""
     found: dict[str, int] = {}
     for fragment in opened:
@@ -170,7 +169,7 @@ def _columns(root: LocalRoot, opened: Sequence[Fragment], fragments: Sequence[Fr
                  for name, size in sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _coverage(root: LocalRoot, run: Run, fragments: Sequence[Fragment]) -> tuple[VocabularyCoverage, ...]:
+def _coverage(root: Root, run: Run, fragments: Sequence[Fragment]) -> tuple[VocabularyCoverage, ...]:
     """What draft vocabularies of growing size cover, by the token tables of the shards; a table that is missing is
     left out with its rows."""
     rows = 0
@@ -191,7 +190,7 @@ def _coverage(root: LocalRoot, run: Run, fragments: Sequence[Fragment]) -> tuple
     return coverage(table, rows, sizes)
 
 
-def _reasons(root: LocalRoot, opened: Sequence[Fragment]) -> tuple[Reason, ...]:
+def _reasons(root: Root, opened: Sequence[Fragment]) -> tuple[Reason, ...]:
     counts: dict[str, int] = {}
     messages: dict[str, str] = {}
     for fragment in opened:
@@ -206,7 +205,7 @@ def _reasons(root: LocalRoot, opened: Sequence[Fragment]) -> tuple[Reason, ...]:
                  for code, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _sample_traces(root: LocalRoot, run: Run, fragments: Sequence[Fragment], traces: int) -> Iterator[ViewedTrace]:
+def _sample_traces(root: Root, run: Run, fragments: Sequence[Fragment], traces: int) -> Iterator[ViewedTrace]:
     """Traces from an even spread of shards; of few shards, several from each."""
     chosen = spread([f for f in fragments if f.info.traces], traces)
     for i, fragment in enumerate(chosen):
