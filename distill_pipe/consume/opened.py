@@ -21,10 +21,11 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from distill_pipe.consume.order import Contents
-from distill_pipe.errors import CaptureError, DamageError, MismatchError
-from distill_pipe.store.manifest import FileRef, Run, ShardInfo, read_fragment, shard_name
+from distill_pipe.errors import CaptureError, DamageError, MismatchError, UsageError
+from distill_pipe.store.manifest import FileRef, Fragment, Run, ShardInfo, read_fragment, shard_name
 from distill_pipe.store.parquet import Limit, read_table
 from distill_pipe.store.root import Root, sha256_of
 from distill_pipe.store.shard import MAIN_SCHEMA, read_main, read_shard_info, require_counts, traces_from_table
@@ -82,6 +83,18 @@ class ShardFiles:
         self._root, self._run, self._layers, self._check_hashes = root, run, tuple(layers), check_hashes
         self._contents: dict[int, Contents] = {}
         self._damaged: dict[int, str] = {}
+
+    def ordinals(self, shard: int) -> NDArray[np.int64]:
+        """The ordinals of a shard's traces, in order. Where no prompt was given up on, its record says them.
+
+        Raises:
+            DamageError: neither record nor main shard can be read.
+        """
+        if shard not in self._contents and (fragment := self._fragment(shard)) is not None:
+            info = fragment.info
+            if info.traces == info.num_prompts:
+                return np.arange(info.first_ordinal, info.first_ordinal + info.num_prompts)
+        return self.contents(shard).ordinals_N
 
     def contents(self, shard: int) -> Contents:
         """Which traces a shard holds, and how long they are, from two small columns. Remembered: 16 bytes a trace.
@@ -154,9 +167,8 @@ class ShardFiles:
         """The main shard with its record: from the fragment, which also knows size and hash, or from the footer."""
         name = shard_name(shard)
         with _naming(f"{self._root}/{name}"), self._root.fetched(name) as path:
-            fragment = read_fragment(self._root, shard)
-            if fragment is not None and (fragment.info.fingerprint, fragment.info.shard, fragment.file.name) == (
-                    self._run.fingerprint, shard, name):
+            fragment = self._fragment(shard)
+            if fragment is not None:
                 _require_size(path, fragment.file.size)
                 yield path, fragment.info, fragment.file
                 return
@@ -164,6 +176,14 @@ class ShardFiles:
             if (info.fingerprint, info.shard) != (self._run.fingerprint, shard):
                 raise DamageError(f"{path} belongs to another run or another shard")
             yield path, info, None
+
+    def _fragment(self, shard: int) -> Fragment | None:
+        """The shard's fragment, or None where there is none or it is not this shard's."""
+        fragment = read_fragment(self._root, shard)
+        if fragment is None or (fragment.info.fingerprint, fragment.info.shard, fragment.file.name) != (
+                self._run.fingerprint, shard, shard_name(shard)):
+            return None
+        return fragment
 
     def _check_hash(self, path: Path, ref: FileRef | None) -> None:
         if ref is None or not self._check_hashes or (str(self._root), ref.sha256) in _HASHED:
@@ -195,6 +215,23 @@ class OpenShards:
             except BaseException as error:  # noqa: BLE001 - raised below, to everybody who waits
                 future.set_exception(error)
         return future.result()
+
+    def __reduce__(self) -> tuple[type["OpenShards"], tuple[Callable[[int], OpenedShard], int]]:
+        # What is open stays in this process.
+        return OpenShards, (self._open, self._capacity)
+
+
+def require_layers(root: Root, run: Run, wanted: Sequence[int]) -> tuple[int, ...]:
+    """The wanted layers, each once.
+
+    Raises:
+        UsageError: one is not stored.
+    """
+    stored = run.spec.capture.layers
+    absent = sorted(set(wanted) - set(stored))
+    if absent:
+        raise UsageError(f"{root} does not store layers {absent}; it stores {list(stored)}")
+    return tuple(dict.fromkeys(wanted))
 
 
 @contextmanager

@@ -19,12 +19,14 @@ Shapes: N traces of a shard.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
+
+from distill_pipe.errors import UsageError
 
 Split = Literal["all", "train", "heldout"]
 _Count = Annotated[int, Meta(ge=0)]
@@ -73,6 +75,18 @@ class Selection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Which traces belong to the split."""
         heldout_N: NDArray[np.bool_] = ordinals_N % self.holdout_every == self.holdout_every - 1
         return np.ones_like(heldout_N) if self.split == "all" else heldout_N == (self.split == "heldout")
+
+
+def make_selection(batch_tokens: int, seed: int, split: Split, holdout_every: int) -> Selection:
+    """The settings that decide what is in a batch.
+
+    Raises:
+        UsageError: one is out of range.
+    """
+    if batch_tokens < 1 or holdout_every < 2 or split not in get_args(Split):
+        raise UsageError(f"batch_tokens {batch_tokens} must be at least 1, holdout_every {holdout_every} at least "
+                         f"2, and split {split!r} one of {', '.join(get_args(Split))}")
+    return Selection(batch_tokens=batch_tokens, seed=seed, split=split, holdout_every=holdout_every)
 
 
 class EpochOrder:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from distill_pipe.consume.batch import Batch
-from distill_pipe.consume.opened import OpenShards, ShardFiles
-from distill_pipe.consume.order import Contents, Cursor, EpochOrder, Selection, Span, Split
+from distill_pipe.consume.opened import OpenShards, ShardFiles, require_layers
+from distill_pipe.consume.order import Contents, Cursor, EpochOrder, Span, Split, make_selection
 from distill_pipe.consume.packing import pack, padding
 from distill_pipe.consume.prefetch import prefetched
 from distill_pipe.consume.state import State, as_ranges, decode_state, from_ranges
@@ -72,7 +72,7 @@ class ShardReader(IterableDataset[Batch]):
                  prefetch: int = 2) -> None:
         self._root = open_root(root) if isinstance(root, (str, os.PathLike)) else root
         self.run = require_run(self._root)
-        self._layers = require_layers(self._root, self.run.spec.capture.layers, layers)
+        self._layers = require_layers(self._root, self.run, layers)
         if min(batch_tokens, interleave, prefetch) < 1 or min(seed, epoch, threads) < 0:
             raise UsageError(f"batch_tokens {batch_tokens}, interleave {interleave} and prefetch {prefetch} must be at "
                              f"least 1; seed {seed}, epoch {epoch} and threads {threads} must not be negative")
@@ -100,9 +100,11 @@ class ShardReader(IterableDataset[Batch]):
         self._resumed, self._state = None, self._start_of(epoch)
 
     def num_traces(self) -> int:
-        """How many traces an epoch has, over all ranks; looks every shard up."""
-        order = self._order(self._start_of(int(self._epoch)), set())
-        return sum(len(order.rows(position)) for position in range(len(order.shards)))
+        """How many traces an epoch has, over all ranks; reads the record of each shard.
+
+        Shards that are to be skipped count, as long as their record is there.
+        """
+        return sum(int(self._selection.wanted(self._files.ordinals(shard)).sum()) for shard in self._shards)
 
     def num_steps(self) -> int:
         """How many batches an epoch gives to each rank; looks every shard up."""
@@ -192,27 +194,3 @@ def _shared(number: int) -> Tensor:
     """A number in shared memory: the copies of persistent workers see it change."""
     tensor: Tensor = torch.tensor(number).share_memory_()  # type: ignore[no-untyped-call]
     return tensor
-
-
-def require_layers(root: Root, stored: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
-    """The wanted layers, each once.
-
-    Raises:
-        UsageError: one is not stored.
-    """
-    absent = sorted(set(wanted) - set(stored))
-    if absent:
-        raise UsageError(f"{root} does not store layers {absent}; it stores {list(stored)}")
-    return tuple(dict.fromkeys(wanted))
-
-
-def make_selection(batch_tokens: int, seed: int, split: Split, holdout_every: int) -> Selection:
-    """The settings that decide what is in a batch.
-
-    Raises:
-        UsageError: one is out of range.
-    """
-    if batch_tokens < 1 or holdout_every < 2 or split not in get_args(Split):
-        raise UsageError(f"batch_tokens {batch_tokens} must be at least 1, holdout_every {holdout_every} at least "
-                         f"2, and split {split!r} one of {', '.join(get_args(Split))}")
-    return Selection(batch_tokens=batch_tokens, seed=seed, split=split, holdout_every=holdout_every)
