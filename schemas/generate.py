@@ -3,10 +3,12 @@
     python schemas/generate.py            write them
     python schemas/generate.py --check    write nothing; exit 1 and name the files that are not current
 
-The trade-off of generating: wording and layout of the schemas are msgspec's, and a new msgspec may reword them.
+The trade-off of generating: the layout of the schemas is msgspec's, and a new msgspec may change it. Docstrings are
+cleaned here, because some versions keep their indentation and some do not.
 """
 
 import argparse
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -35,6 +37,9 @@ def schema_texts() -> dict[str, str]:
 def _schema(struct: type[msgspec.Struct]) -> Any:
     """A struct's schema. What a dataset holds is always written whole and in this version; a job leaves things out."""
     schema = msgspec.json.schema(struct)
+    for definition in schema["$defs"].values():
+        if "description" in definition:
+            definition["description"] = inspect.cleandoc(definition["description"])
     if struct is Job:
         return schema
     for definition in schema["$defs"].values():
