@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from distill_pipe.errors import DamageError, DistillPipeError, UsageError
+from distill_pipe.export_commands import export
 from distill_pipe.measure_commands import audit, bench_capture, plan
 from distill_pipe.options import (
     Arch,
@@ -153,6 +154,7 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
 
 app.command()(report)
 app.command()(audit)
+app.command()(export)
 app.command("bench-capture")(bench_capture)
 
 

@@ -76,14 +76,15 @@ def described_job(given: Mapping[str, Any]) -> "Job":
     from distill_pipe.produce.job import load_job
 
     plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
-    plain |= {"corpus": given["corpus"] or None, "layers": _layers(given["layers"])}
+    plain |= {"corpus": given["corpus"] or None, "layers": layer_numbers(given["layers"])}
     options = {name: plain[name] for name in ("target", "corpus", "out", "responses", "limit", "workers")}
     options |= {f"capture.{name}": plain[name] for name in ("top_k", "coverage", "top_k_max", "tail_samples",
                                                             "hidden_codec", "layers")}
     return load_job(given["job"], given["set_"] or (), options)
 
 
-def _layers(text: str | None) -> list[int] | None:
+def layer_numbers(text: str | None) -> list[int] | None:
+    """The numbers of `--layers`; none of them for `none`."""
     if text is None:
         return None
     if text.strip() == "none":

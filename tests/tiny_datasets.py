@@ -34,6 +34,7 @@ class Shape:
     tail_samples: int = 4
     logprob_bits: int = 24
     prompts_per_shard: int = 4
+    final_norm_eps: float | None = None
 
 
 def start_run(root: Path | str, num_prompts: int, shape: Shape = Shape()) -> Run:
@@ -42,7 +43,7 @@ def start_run(root: Path | str, num_prompts: int, shape: Shape = Shape()) -> Run
     spec = RunSpec(
         target=TargetSpec(name="tiny", revision="sha256:" + "0" * 64, architecture="TinyForCausalLM", dtype="float32",
                           vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_layers=shape.num_layers,
-                          tokenizer_sha256="0" * 64),
+                          final_norm_eps=shape.final_norm_eps, tokenizer_sha256="0" * 64),
         corpus=CorpusSpec(files=(), prompts=num_prompts), responses="corpus", sampling=None,
         capture=CaptureSpec(top_k=shape.top_k, tail_samples=shape.tail_samples, layers=shape.layers,
                             hidden_codec=shape.hidden_codec, logprob_bits=shape.logprob_bits),

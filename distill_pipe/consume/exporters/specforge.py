@@ -1,0 +1,37 @@
+"""SpecForge, EAGLE-3 offline (sgl-project/SpecForge 0.2, `runtime/data_plane/offline_reader.py` and
+`algorithms/eagle3/data.py`).
+
+    rows_0-2000/data_{i}.ckpt   torch.save: input_ids [S], loss_mask [S] int64,
+                                hidden_state [1, S, H] behind the final norm, aux_hidden_state [1, S, 3H]
+
+The trainer multiplies `hidden_state` by lm_head, and shifts ids and target by one: index t pairs the auxiliary state of
+t with token t+1, compares with the distribution at t+1, and weights by the mask at t. It zeroes the mask of the last
+index itself. A draft vocabulary is counted by the trainer from these ids and masks.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from distill_pipe.consume.exporters.files import numbered_file, save_pickle
+from distill_pipe.consume.exporters.record import Record, Sample
+from distill_pipe.consume.exporters.states import StatesLayout, paired_tokens
+
+
+class SpecForge(StatesLayout):
+    """Layout of SpecForge's EAGLE-3 feature files."""
+
+    name: ClassVar[str] = "specforge"
+    aux_count: ClassVar[int | None] = 3
+
+    def sample(self, record: Record) -> Sample:
+        token_ids_S, loss_mask_S = paired_tokens(record)
+        return {"input_ids": token_ids_S, "loss_mask": loss_mask_S, "hidden_state": self.last_SH(record)[None],
+                "aux_hidden_state": self.aux_SW(record)[None]}
+
+    def file_name(self, first: int) -> str:
+        return numbered_file(first, 2000, "ckpt")
+
+    def write(self, path: Path, samples: Sequence[Sample]) -> None:
+        [sample] = samples
+        save_pickle(path, sample)
