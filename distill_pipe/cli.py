@@ -22,6 +22,7 @@ from distill_pipe.options import (
     Codec,
     Corpus,
     Coverage,
+    Gpus,
     JobFile,
     Json,
     Layers,
@@ -47,6 +48,7 @@ from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import open_root
 from distill_pipe.store.status import status as read_status
 from distill_pipe.store.verify import verify as verify_dataset
+from distill_pipe.targets_commands import targets
 from distill_pipe.token_text import token_decoder
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 def generate(  # noqa: PLR0913 - the options above
     target: Target = None, corpus: Corpus = None, out: Out = None, responses: Writer = None, top_k: TopK = None,
     coverage: Coverage = None, top_k_max: TopKMax = None, tail_samples: TailSamples = None, layers: Layers = None,
-    hidden_codec: Codec = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
+    hidden_codec: Codec = None, gpus: Gpus = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
     set_: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, like plan.")] = False,
     as_json: Json = False,
@@ -77,6 +79,7 @@ def generate(  # noqa: PLR0913 - the options above
 
 
 app.command()(plan)
+app.add_typer(targets, name="targets")
 
 
 @app.command()

@@ -16,6 +16,7 @@ from distill_pipe.options import (
     Codec,
     Corpus,
     Coverage,
+    Gpus,
     JobFile,
     Json,
     Layers,
@@ -40,7 +41,7 @@ from distill_pipe.store.root import open_root
 def plan(  # noqa: PLR0913 - the options above
     target: Target = None, corpus: Corpus = None, out: Out = None, responses: Writer = None, top_k: TopK = None,
     coverage: Coverage = None, top_k_max: TopKMax = None, tail_samples: TailSamples = None, layers: Layers = None,
-    hidden_codec: Codec = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
+    hidden_codec: Codec = None, gpus: Gpus = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
     set_: Settings = None,
     probe: Annotated[int, typer.Option(min=0, help="Really run N prompts in a temporary folder and measure.")] = 0,
     sample: Annotated[int, typer.Option(min=1, help="Prompts to tokenise for the counts.")] = 512,

@@ -60,8 +60,10 @@ Coverage = Annotated[float | None, typer.Option(help="As many head entries per r
                                                      "probability, in place of --top-k.")]
 TopKMax = Annotated[int | None, typer.Option(help="The most head entries that a row may have with --coverage [256].")]
 TailSamples = Annotated[int | None, typer.Option(help="Samples of the tail per row [8].")]
-Layers = Annotated[str | None, typer.Option(help="Hidden states to keep, e.g. 2,15,27,30; 'none' for none.")]
+Layers = Annotated[str | None, typer.Option(help="Hidden states to keep: 3+last, last, none, or numbers like "
+                                                 "2,15,27,last [the target's default].")]
 Codec = Annotated[HiddenCodecs | None, typer.Option(help="How hidden states are stored [bf16-split].")]
+Gpus = Annotated[str | None, typer.Option(help="The GPUs at hand, e.g. 8xH200: picks the engines' layout and number.")]
 Workers = Annotated[int | None, typer.Option(help="Engines to run [1].")]
 Limit = Annotated[int | None, typer.Option(help="Take only the first N prompts.")]
 TargetFolder = Annotated[str | None, typer.Option("--target", help="The target's folder, when its name does not lead "
@@ -76,8 +78,8 @@ def described_job(given: Mapping[str, Any]) -> "Job":
     from distill_pipe.produce.job import load_job
 
     plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
-    plain |= {"corpus": given["corpus"] or None, "layers": layer_numbers(given["layers"])}
-    options = {name: plain[name] for name in ("target", "corpus", "out", "responses", "limit", "workers")}
+    plain |= {"corpus": given["corpus"] or None}
+    options = {name: plain.get(name) for name in ("target", "corpus", "out", "responses", "limit", "workers", "gpus")}
     options |= {f"capture.{name}": plain[name] for name in ("top_k", "coverage", "top_k_max", "tail_samples",
                                                             "hidden_codec", "layers")}
     return load_job(given["job"], given["set_"] or (), options)

@@ -232,7 +232,8 @@ def _memory_facts(memory: "Memory") -> dict[str, str]:
     batch, least = _gib(memory.kv_batch), _gib(memory.kv_least)
     return {
         "layout": f"{memory.engines} engine(s) of {memory.devices_per_engine} device(s), {memory.dtype}",
-        "weights": f"{_gib(memory.weights)} (from {memory.weights_from})",
+        "weights": f"{_gib(memory.weights)}{' in ' + memory.quantization if memory.quantization else ''} "
+                   f"(from {memory.weights_from})",
         "KV cache": f"{memory.kv_per_token:,} B per token; {batch} for a full batch, {least} for one longest sequence",
         "capture": f"{_gib(memory.capture)} on the device, {_gib(memory.host)} on the host",
         "device": f"{room} ({device.source})",

@@ -21,6 +21,7 @@ from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.forecast import forecast
 from distill_pipe.produce.job import Job, load_job
 from distill_pipe.produce.memory import GIB, Device, Load, Memory, find_device, plan_memory
+from distill_pipe.produce.model_config import read_config
 from distill_pipe.produce.rates import Cost, Rates, cost_of, require_room
 from distill_pipe.produce.sample import Sample, Totals, evenly, fresh_positions
 from distill_pipe.produce.targets import Target
@@ -50,7 +51,7 @@ def tiny_target(folder: Path, spec: RunSpec, config: dict[str, object], tensors:
     if tensors:
         header = json.dumps({"__metadata__": {"format": "pt"}} | tensors).encode()
         (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    return Target(str(folder), None, folder, spec.target, (1,), 4096)
+    return Target(str(folder), None, folder, spec.target, (1,), 4096, 4096, read_config(folder))
 
 
 def tensor(dtype: str, first: int, stop: int) -> dict[str, object]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distill_pipe.errors import UsageError
-from distill_pipe.produce.targets import default_layers, load_preset, preset_names, resolve_target
+from distill_pipe.produce.targets import resolve_target
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 12,
           "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
@@ -37,16 +37,6 @@ def revision(folder: Path) -> str:
     return resolve_target(str(folder)).spec.revision
 
 
-def test_every_preset_loads_and_is_listed_by_name() -> None:
-    assert "smollm2-135m" in preset_names()
-    for name in preset_names():
-        preset = load_preset(name)
-        assert preset is not None
-        assert preset.model
-        assert list(preset.layers) == sorted(set(preset.layers))
-    assert load_preset("no-such-target") is None
-
-
 @pytest.mark.parametrize("name", ["no-such-target", "./no/such/folder", "/no/such/folder", "a/b/c", "../x", "a b/c"])
 def test_an_unknown_target_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError, match=r"unknown target .*: give one of .*smollm2-135m.*, a local folder .*hub id"):
@@ -59,7 +49,7 @@ def test_the_facts_of_a_local_target_come_from_its_config(folder: Path) -> None:
     assert (spec.name, spec.architecture, spec.dtype) == ("tiny-model", "LlamaForCausalLM", "bfloat16")
     assert (spec.vocab_size, spec.hidden_size, spec.num_layers, spec.final_norm_eps) == (320, 64, 12, 1e-6)
     assert (target.model, target.folder, target.revision) == (str(folder), folder, None)
-    assert (target.max_model_len, target.default_layers) == (512, (2, 6, 9, 12))
+    assert (target.max_model_len, target.default_len, target.default_layers) == (512, 512, (2, 6, 9, 12))
     assert spec.revision.startswith("sha256:")
 
 
@@ -87,12 +77,6 @@ def test_a_relative_folder_is_the_same_target(folder: Path, monkeypatch: pytest.
     monkeypatch.chdir(folder.parent)
     assert resolve_target(folder.name).spec == resolve_target(str(folder)).spec
     assert resolve_target(folder.name).model == str(folder)
-
-
-@pytest.mark.parametrize(("layers", "wanted"), [(1, (0, 1)), (2, (1, 2)), (4, (1, 2, 4)), (30, (2, 15, 27, 30)),
-                                                (61, (2, 30, 58, 61))])
-def test_default_layers_are_early_middle_late_and_last(layers: int, wanted: tuple[int, ...]) -> None:
-    assert default_layers(layers) == wanted
 
 
 @pytest.mark.parametrize("weight_bytes", [1, 1000, BLOCK, 3 * BLOCK])

@@ -8,13 +8,15 @@ Shapes: T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from msgspec import Meta, Struct
 
-from distill_pipe.produce.assembly import FinishedTrace
-from distill_pipe.produce.sink import ShardOutcome
-from distill_pipe.store.shard import QuarantinedPrompt
+if TYPE_CHECKING:
+    # A command that only describes a job needs no torch.
+    from distill_pipe.produce.assembly import FinishedTrace
+    from distill_pipe.produce.sink import ShardOutcome
+    from distill_pipe.store.shard import QuarantinedPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,11 @@ class TargetEngine(Protocol):
     def step(self) -> list[Response]:
         """Run for a little while; returns the requests that finished. Returns at once when there is nothing to run."""
 
-    def finish(self, shard: int, traces: Sequence[FinishedTrace]) -> None:
+    def finish(self, shard: int, traces: "Sequence[FinishedTrace]") -> None:
         """Turn captured rows of finished prompts into traces."""
 
-    def commit(self, shard: int, quarantined: Sequence[QuarantinedPrompt]) -> None:
+    def commit(self, shard: int, quarantined: "Sequence[QuarantinedPrompt]") -> None:
         """Write a shard whose prompts are all finished or given up on; returns before it is written."""
 
-    def outcomes(self) -> list[ShardOutcome]:
+    def outcomes(self) -> "list[ShardOutcome]":
         """Shards decided since the last call."""

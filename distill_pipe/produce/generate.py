@@ -15,6 +15,7 @@ from distill_pipe.produce.cluster import ClusterPlan, run_on_ray
 from distill_pipe.produce.corpus import corpus_files, read_prompts
 from distill_pipe.produce.engines import engine_for
 from distill_pipe.produce.job import Job
+from distill_pipe.produce.layers import resolve_layers
 from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
@@ -48,10 +49,11 @@ def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec) -> t
     """
     files = corpus_files(job.corpus_files)
     target = resolve_target(job.target, job.revision, job.dtype)
-    layers = target.default_layers if job.capture.layers is None else tuple(sorted(set(job.capture.layers)))
+    choice, depth = job.capture.layers, target.spec.num_layers
+    layers = target.default_layers if choice is None else resolve_layers(choice, depth)
     capture = job.capture.spec(layers)
     _check_capture(job, target, capture)
-    length = min(job.max_model_len or target.max_model_len, target.max_model_len)
+    length = job.max_model_len or target.default_len
     prompts = sum(1 for _ in read_prompts(job.corpus_files, job.responses, job.limit))
     if prompts == 0:
         raise UsageError(f"corpus {', '.join(map(str, job.corpus_files))} holds no records")
@@ -98,13 +100,18 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
 
 
 def _check_capture(job: Job, target: Target, capture: CaptureSpec) -> None:
-    vocab, depth = target.spec.vocab_size, target.spec.num_layers
+    vocab, limits = target.spec.vocab_size, target.limits
     if capture.top_k > vocab:
         raise UsageError(f"{capture.top_k} head entries are more than the {vocab} tokens of {job.target}'s vocabulary; "
                          "lower --top-k or --top-k-max")
-    if capture.layers and capture.layers[-1] > depth:
-        raise UsageError(f"layer {capture.layers[-1]} is out of range: {job.target} has layers 0 (embeddings) to "
-                         f"{depth} (before the final norm)")
+    if capture.layers and not limits.states:
+        raise UsageError(f"vLLM delivers no hidden states of {target.spec.architecture}; use --layers none")
+    if 0 in capture.layers and not limits.embeddings:
+        raise UsageError(f"vLLM cannot deliver layer 0, the embeddings, of {target.spec.architecture}; leave it out of "
+                         "--layers")
+    if capture.layers and job.engine.pipeline_parallel_size > 1 and not limits.pipelined_states:
+        raise UsageError(f"vLLM does not pass hidden states of {target.spec.architecture} on between pipeline stages; "
+                         "set engine.pipeline_parallel_size=1 (tensor_parallel_size instead), or --layers none")
     if job.max_model_len is not None and job.max_model_len > target.max_model_len:
         raise UsageError(f"max_model_len {job.max_model_len} is more than the {target.max_model_len} tokens that "
                          f"{job.target} can take")

@@ -1,4 +1,5 @@
-"""One run as its user describes it: a YAML file, `--set a.b=c`, and the options of `generate`, in rising order.
+"""One run as its user describes it: the target's preset, a YAML file, `--set a.b=c`, and the options of `generate`, in
+rising order.
 
 What is identity ends in the dataset's `RunSpec`; the rest (workers, address, paths) may differ at every start.
 """
@@ -13,13 +14,15 @@ from msgspec import Meta, Struct
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.engine import EngineOptions
+from distill_pipe.produce.layouts import fill_in
 from distill_pipe.store.spec import CaptureSpec, HiddenCodec, Responses, SamplingSpec
 
 Plain = dict[str, object]
 
 
 class CaptureOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to store per supervised position. `layers` null takes the target's default; [] stores no hidden states.
+    """What to store per supervised position. `layers` are numbers, or a word as for `--layers` (`3+last`, `last`,
+    `none`); null takes the target's default.
 
     Rows have `top_k` head entries each (32 when it is not given), or with `coverage` as many as hold that share of the
     probability, at most `top_k_max`.
@@ -29,7 +32,7 @@ class CaptureOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     coverage: Annotated[float, Meta(gt=0, lt=1)] | None = None
     top_k_max: Annotated[int, Meta(ge=1)] | None = None
     tail_samples: Annotated[int, Meta(ge=0)] = 8
-    layers: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
+    layers: tuple[Annotated[int, Meta(ge=0)], ...] | str | None = None
     hidden_codec: HiddenCodec = "bf16-split"
     logprob_bits: Annotated[int, Meta(ge=3, le=24)] = 7
 
@@ -49,7 +52,8 @@ class CaptureOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A job file. Paths are relative to where the command runs; what the command line gives may be left out."""
+    """A job file. Paths are relative to where the command runs; what the command line gives may be left out. `gpus`
+    (`8xH200`) picks the engine's layout and the number of workers by the target's preset."""
 
     target: str
     corpus: str | tuple[str, ...]
@@ -65,6 +69,7 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompts_per_shard: Annotated[int, Meta(ge=1)] = 64
     workers: Annotated[int, Meta(ge=1)] = 1
     address: str | None = None
+    gpus: str | None = None
 
     @property
     def corpus_files(self) -> tuple[Path, ...]:
@@ -90,6 +95,7 @@ def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, o
     missing = [f"--{name}" for name in ("target", "corpus", "out") if plain.get(name) in (None, (), [])]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)} (or the same fields in a job file)")
+    fill_in(plain)
     try:
         return msgspec.convert(plain, Job)
     except msgspec.ValidationError as error:

@@ -21,6 +21,7 @@ from distill_pipe.errors import UsageError
 from distill_pipe.produce.cluster import SHARDS_IN_FLIGHT
 from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.head import CHUNK_ROWS
+from distill_pipe.produce.model_config import ModelConfig, count_parameters
 from distill_pipe.produce.targets import Target
 from distill_pipe.produce.vllm_engine import CPU_BATCH_TOKENS, CPU_KV_CACHE_BYTES
 from distill_pipe.store.codec import bytes_per_element
@@ -52,6 +53,7 @@ class Memory(Struct, frozen=True, kw_only=True):
     engines: int
     devices_per_engine: int
     dtype: str
+    quantization: str | None
     weights: int
     weights_from: str
     kv_per_token: int
@@ -71,21 +73,6 @@ class Load:
     tokens: float
     rows: float
     sequences: int
-
-
-class _Config(Struct, frozen=True):
-    """The few fields of config.json that memory depends on; multimodal configs nest them."""
-
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    kv_lora_rank: int | None = None
-    qk_rope_head_dim: int | None = None
-    tie_word_embeddings: bool = False
-    dtype: str | None = None
-    torch_dtype: str | None = None
-    text_config: "_Config | None" = None
 
 
 def find_device(gpu_memory: float | None, address: str | None) -> Device:
@@ -113,11 +100,12 @@ def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device:
     Raises:
         UsageError: it cannot fit the device; the message has the numbers.
     """
-    config, width = _config(target.folder), _WIDTH[spec.target.dtype]
-    weights, weights_from = _weights(target, config, width)
-    per_token = _kv_per_token(config, spec, width) * _kv_copies(config, options)
+    config, width = _config(target), _WIDTH[spec.target.dtype]
+    weights, weights_from = _weights(target, config, spec.target.dtype)
+    per_token = spec.target.num_layers * config.cache_elements * width * _kv_copies(config, options)
     memory = Memory(
-        engines=engines, devices_per_engine=options.devices, dtype=spec.target.dtype, weights=weights,
+        engines=engines, devices_per_engine=options.devices, dtype=spec.target.dtype,
+        quantization=target.quantization, weights=weights,
         weights_from=weights_from, kv_per_token=per_token,
         kv_batch=round(per_token * load.tokens * load.sequences), kv_least=per_token * spec.engine.max_model_len,
         capture=_capture(spec, width, device.kind, options), host=_host(spec, load), device=device,
@@ -143,7 +131,8 @@ def _refusal(memory: Memory, spec: RunSpec, room: int, total: int) -> str:
     on_cpu = memory.device.kind == "cpu"
     each = "" if on_cpu or memory.devices_per_engine == 1 else f" on each of {memory.devices_per_engine} devices"
     of = f"of {'' if on_cpu else f'{GPU_SHARE:.0%} of '}{total / GIB:.2f} GiB{each} ({memory.device.source})"
-    parts = [f"{memory.weights / GIB:.2f} GiB of {memory.dtype} weights", f"{memory.capture / GIB:.2f} GiB to capture"]
+    parts = [f"{memory.weights / GIB:.2f} GiB of {memory.quantization or memory.dtype} weights",
+             f"{memory.capture / GIB:.2f} GiB to capture"]
     if on_cpu:
         parts.append(f"{memory.host / GIB:.2f} GiB for shards in flight")
     left = f"leave {max(room, 0) / GIB:.2f} GiB {of}" + (
@@ -180,36 +169,28 @@ def _host(spec: RunSpec, load: Load) -> int:
     return round((load.sequences + (SHARDS_IN_FLIGHT + 1) * spec.prompts_per_shard) * trace)
 
 
-def _kv_per_token(config: _Config, spec: RunSpec, width: int) -> int:
-    if config.kv_lora_rank is not None:
-        # Multi-head latent attention keeps one compressed vector per token and layer, and the rotary part beside it.
-        return spec.target.num_layers * (config.kv_lora_rank + (config.qk_rope_head_dim or 0)) * width
-    heads = config.num_attention_heads or 1
-    head_dim = config.head_dim or spec.target.hidden_size // heads
-    return 2 * spec.target.num_layers * (config.num_key_value_heads or heads) * head_dim * width
-
-
-def _kv_copies(config: _Config, options: EngineOptions) -> int:
+def _kv_copies(config: ModelConfig, options: EngineOptions) -> int:
     """How many devices hold the same keys and values: tensor parallelism splits their heads, as far as there are any,
     and repeats a compressed vector."""
-    heads = 1 if config.kv_lora_rank is not None else config.num_key_value_heads or config.num_attention_heads or 1
-    return -(-options.tensor_parallel_size // heads)
+    return -(-options.tensor_parallel_size // config.key_value_heads)
 
 
-def _weights(target: Target, config: _Config, width: int) -> tuple[int, str]:
+def _weights(target: Target, config: ModelConfig, dtype: str) -> tuple[int, str]:
     """Bytes of the weights in the run's dtype, and where the figure is from."""
-    files = sorted(target.folder.glob("*.safetensors"))
+    width = _WIDTH[dtype]
+    files = [] if target.files is None else sorted(target.files.glob("*.safetensors"))
     if files:
         return sum(_safetensors_bytes(file, width) for file in files), "the headers of its safetensors"
-    others = [file.stat().st_size for kind in ("*.bin", "*.gguf") for file in target.folder.glob(kind)]
+    others = [] if target.files is None else [file for kind in ("*.bin", "*.gguf") for file in target.files.glob(kind)]
     if others:
-        return sum(others), "the size of its weight files"
+        return sum(file.stat().st_size for file in others), "the size of its weight files"
     stored = _WIDTH.get((config.dtype or config.torch_dtype or "bfloat16").removeprefix("torch."), 2)
     try:
         index = json.loads((target.folder / "model.safetensors.index.json").read_text())
         return int(index["metadata"]["total_size"]) * width // stored, "its safetensors index"
-    except (OSError, ValueError, KeyError, TypeError):
-        return _estimated_parameters(target, config) * width, "an estimate for a dense model of its config.json"
+    except (UsageError, OSError, ValueError, KeyError, TypeError):
+        counted = count_parameters(config)
+        return counted.weight_bytes(dtype, target.quantization), f"{counted.total:,} parameters by its config"
 
 
 def _safetensors_bytes(path: Path, width: int) -> int:
@@ -232,26 +213,11 @@ def _safetensors_bytes(path: Path, width: int) -> int:
     return total
 
 
-def _estimated_parameters(target: Target, config: _Config) -> int:
-    """Embeddings, and per layer attention and a gated MLP."""
-    hidden, heads = target.spec.hidden_size, config.num_attention_heads or 1
-    head_dim = config.head_dim or hidden // heads
-    attention = 2 * hidden * head_dim * (heads + (config.num_key_value_heads or heads))
-    embeddings = target.spec.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return embeddings + target.spec.num_layers * (attention + 3 * hidden * (config.intermediate_size or 4 * hidden))
-
-
-def _config(folder: Path) -> _Config:
-    try:
-        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=_Config)
-    except (OSError, msgspec.DecodeError):
-        # The target was resolved from this file, so only a field of another type can be the matter: every head is then
-        # taken to have its own keys and values, which is the most that it can need.
-        return _Config()
-    if config.text_config is None:
-        return config
-    outer = config.dtype or config.torch_dtype
-    return msgspec.structs.replace(config.text_config, dtype=outer or config.text_config.dtype)
+def _config(target: Target) -> ModelConfig:
+    """The target's config, completed by what the dataset records of it."""
+    spec = target.spec
+    return msgspec.structs.replace(target.config, hidden_size=spec.hidden_size, num_hidden_layers=spec.num_layers,
+                                   vocab_size=spec.vocab_size)
 
 
 def _cuda_bytes() -> int | None:

