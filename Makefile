@@ -42,7 +42,7 @@ bench: $(STAMP) ## Measure the format, `plan`, and capture, each against what it
 	$(ONE_THREAD) $(BIN)/python -m pytest -m bench -s tests/benchmarks
 
 faults: $(STAMP) ## Kill workers and drivers at random moments, ten times each (about 10 minutes)
-	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -s
+	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -s --fault-table build/faults.md
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo-out

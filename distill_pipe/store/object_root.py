@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # A request is given up after five minutes: a part must get through a slow line in that time.
 _PART_BYTES: Final = 16 << 20
 _REQUEST_TIMEOUT: Final = "300s"
-_PART_RETRIES: Final = 8
+_PART_RETRIES: Final = 5
 _MEMORY: Final[dict[str, MemoryStore]] = {}
 Answer = TypeVar("Answer")
 
@@ -45,7 +45,7 @@ class ObjectRoot:
     def __init__(self, uri: str) -> None:
         self._uri = uri.rstrip("/")
         self._store = _opened(self._uri, retries=0)
-        # Parts of one upload are tried again by the library, or a single refusal would cost all of them.
+        # Of an upload in parts the library tries each again, or a single refusal would cost all of them.
         self._steady = _opened(self._uri, _PART_RETRIES)
         self._seconds = FIRST_SECONDS
 
@@ -129,9 +129,11 @@ class ObjectRoot:
 
     def publish(self, source: Path, name: str) -> None:
         """Put `source` at a content-derived name; the same name always means the same bytes."""
+        store = self._store if source.stat().st_size <= _PART_BYTES else self._steady
+
         def put() -> None:
             with UPLOADS.slot():
-                obstore.put(self._steady, name, source, chunk_size=_PART_BYTES, max_concurrency=UPLOADS.limit)
+                obstore.put(store, name, source, chunk_size=_PART_BYTES, max_concurrency=UPLOADS.limit)
 
         self._asked(put, name)
 

@@ -20,10 +20,14 @@ import obstore.exceptions
 import pytest
 from obstore.store import S3Store
 
+from faults.proxy import Proxy
+
 START_SECONDS = 120
 KEY, SECRET, BUCKET = "tester", "tester-secret", "tests"
 _IDENTITIES = {"identities": [{"name": "tester", "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-                               "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}
+                               "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
+                              # For a proxy that changes requests, which no signature survives.
+                              {"name": "anonymous", "actions": ["Read", "Write", "List"]}]}
 
 
 def free_ports(count: int) -> list[int]:
@@ -105,6 +109,16 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     server = Seaweed(tmp_path_factory.mktemp("seaweed") / "data")
     yield server
     server.close()
+
+
+@pytest.fixture
+def proxy(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy in front of the server; what is in the environment leads to it."""
+    between = Proxy(seaweed.port)
+    for name, value in seaweed.environment(between.endpoint).items():
+        monkeypatch.setenv(name, value)
+    yield between
+    between.close()
 
 
 @pytest.fixture
