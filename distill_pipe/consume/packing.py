@@ -61,8 +61,8 @@ def _packed_hidden(encoded: Sequence[EncodedTrace], layer: int, starts_B1: np.nd
     dtype = _hidden_dtype(run)
     packed_TH = torch.zeros(int(starts_B1[-1]), hidden_size, dtype=dtype)
     for start, one in zip(starts_B1[:-1], encoded, strict=True):
-        packed_TH[start:start + one.trace.num_tokens - 1] = decode_hidden(one.blobs[layer], codec, hidden_size,
-                                                                          dtype=dtype)
+        decode_hidden(one.blobs[layer], codec, hidden_size, dtype=dtype,
+                      out_NH=packed_TH[start:start + one.trace.num_tokens - 1])
     return packed_TH
 
 
