@@ -229,5 +229,25 @@ def test_counting_traces_decodes_one_small_column(root: Path, monkeypatch: pytes
     assert ShardReader(root).num_traces() == PROMPTS
 
 
+def test_lengths_come_from_the_record_or_else_from_the_shard(root: Path) -> None:
+    recorded = ordinals(ShardReader(root, batch_tokens=30))
+    fragment = read_fragment(LocalRoot(root), 0)
+    assert fragment is not None
+    assert fragment.info.lengths == tuple(random_trace(i).num_tokens for i in range(4))
+    without = msgspec.structs.replace(fragment, info=msgspec.structs.replace(fragment.info, lengths=None))
+    (root / fragment_name(0)).write_bytes(encode_record(without))
+    (root / fragment_name(1)).unlink()
+    assert ordinals(ShardReader(root, batch_tokens=30)) == recorded
+
+
+def test_lengths_that_the_shard_does_not_have_are_damage(root: Path) -> None:
+    fragment = read_fragment(LocalRoot(root), 1)
+    assert fragment is not None
+    false = msgspec.structs.replace(fragment, info=msgspec.structs.replace(fragment.info, lengths=(9, 9, 9, 9)))
+    (root / fragment_name(1)).write_bytes(encode_record(false))
+    with pytest.raises(DamageError, match=r"shard-0000001.*other lengths than its record"):
+        ordinals(ShardReader(root))
+
+
 def test_a_layer_asked_for_twice_is_read_once(root: Path) -> None:
     assert [set(batch.hidden) for batch in ShardReader(root, layers=(2, 2))] == [{2}]

@@ -163,7 +163,7 @@ def test_a_whole_and_well_hashed_shard_that_lacks_a_prompt_is_reported(root: Loc
     write_table(sidecar, pq.read_table(sidecar).slice(0, 3))
     hidden = FileRef(name=str(sidecar.relative_to(root.path)), sha256=sha256_of(sidecar), size=sidecar.stat().st_size)
     info = msgspec.structs.replace(own.info, hidden=hidden, traces=3, tokens=sum(map(len, kept["token_ids"])),
-                                   rows=sum(map(len, kept["logsumexp"])))
+                                   rows=sum(map(len, kept["logsumexp"])), lengths=tuple(map(len, kept["token_ids"])))
     write_main(path, kept, info)
     ref = FileRef(name=own.file.name, sha256=sha256_of(path), size=path.stat().st_size)
     root.local(fragment_name(0)).write_bytes(encode_record(Fragment(file=ref, info=info)))

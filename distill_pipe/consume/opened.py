@@ -90,26 +90,26 @@ class ShardFiles:
         Raises:
             DamageError: neither record nor main shard can be read.
         """
-        if shard not in self._contents and (fragment := self._fragment(shard)) is not None:
-            info = fragment.info
-            if info.traces == info.num_prompts:
-                return np.arange(info.first_ordinal, info.first_ordinal + info.num_prompts)
-        return self.contents(shard).ordinals_N
+        if shard in self._contents:
+            return self._contents[shard].ordinals_N
+        recorded_N = _recorded_ordinals(self._fragment(shard))
+        return self._read_contents(shard).ordinals_N if recorded_N is None else recorded_N
 
     def contents(self, shard: int) -> Contents:
-        """Which traces a shard holds, and how long they are, from two small columns. Remembered: 16 bytes a trace.
+        """Which traces a shard holds, and how long they are: from its record, or else from two small columns.
+        Remembered, at 16 bytes a trace.
 
         Raises:
-            DamageError: the main shard, or what of it is read, is missing or damaged.
+            DamageError: the main shard had to be read, and is missing or damaged.
         """
         if shard not in self._contents:
-            with self._main(shard) as (path, info, _):
-                limits = {"ordinal": Limit(info.traces), "loss_mask": Limit(max(info.tokens, info.traces))}
-                table = read_table(path, _CONTENTS, limits)
-                masks = table["loss_mask"].combine_chunks()
-                found = Contents(table["ordinal"].to_numpy(), np.diff(masks.offsets.to_numpy()).astype(np.int64))
-                if (len(found.tokens_N), int(found.tokens_N.sum())) != (info.traces, info.tokens):
-                    raise DamageError(f"{path} holds other traces than its record says")
+            fragment = self._fragment(shard)
+            ordinals_N = _recorded_ordinals(fragment)
+            found = None
+            if fragment is not None and ordinals_N is not None and fragment.info.lengths is not None:
+                found = Contents(ordinals_N, np.array(fragment.info.lengths, np.int64))
+            if found is None or len(found.tokens_N) != len(found.ordinals_N):
+                found = self._read_contents(shard)
             self._contents[shard] = found
         return self._contents[shard]
 
@@ -151,8 +151,15 @@ class ShardFiles:
                 raise
         return self._contents[shard]
 
+    def _read_contents(self, shard: int) -> Contents:
+        with self._main(shard) as (path, info, _):
+            limits = {"ordinal": Limit(info.traces), "loss_mask": Limit(max(info.tokens, info.traces))}
+            table = read_table(path, _CONTENTS, limits)
+        masks = table["loss_mask"].combine_chunks()
+        return Contents(table["ordinal"].to_numpy(), np.diff(masks.offsets.to_numpy()).astype(np.int64))
+
     def _sidecar(self, shard: int, info: ShardInfo, ref: FileRef, ordinals: Sequence[int]) -> pa.Table:
-        with _naming(f"{self._root}/{ref.name}"), self._root.fetched(ref.name) as path:
+        with _naming(f"{self._root}/{ref.name}"), self._root.fetched(ref.name, ref.size) as path:
             _require_size(path, ref.size)
             self._check_hash(path, ref)
             sidecar = read_sidecar_info(path)
@@ -165,9 +172,9 @@ class ShardFiles:
     @contextmanager
     def _main(self, shard: int) -> Iterator[tuple[Path, ShardInfo, FileRef | None]]:
         """The main shard with its record: from the fragment, which also knows size and hash, or from the footer."""
-        name = shard_name(shard)
-        with _naming(f"{self._root}/{name}"), self._root.fetched(name) as path:
-            fragment = self._fragment(shard)
+        name, fragment = shard_name(shard), self._fragment(shard)
+        size = None if fragment is None else fragment.file.size
+        with _naming(f"{self._root}/{name}"), self._root.fetched(name, size) as path:
             if fragment is not None:
                 _require_size(path, fragment.file.size)
                 yield path, fragment.info, fragment.file
@@ -232,6 +239,14 @@ def require_layers(root: Root, run: Run, wanted: Sequence[int]) -> tuple[int, ..
     if absent:
         raise UsageError(f"{root} does not store layers {absent}; it stores {list(stored)}")
     return tuple(dict.fromkeys(wanted))
+
+
+def _recorded_ordinals(fragment: Fragment | None) -> NDArray[np.int64] | None:
+    """The ordinals that follow from a record, if any: all of its range."""
+    if fragment is None or fragment.info.traces != fragment.info.num_prompts:
+        return None
+    first = fragment.info.first_ordinal
+    return np.arange(first, first + fragment.info.num_prompts)
 
 
 @contextmanager

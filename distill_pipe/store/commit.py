@@ -192,7 +192,8 @@ def _shard_info(run: Run, shard: int, traces: Sequence[EncodedTrace], num_quaran
     return ShardInfo(fingerprint=run.fingerprint, shard=shard, first_ordinal=first, num_prompts=stop - first,
                      attempt=uuid.uuid4().hex, traces=len(traces), tokens=sum(t.trace.num_tokens for t in traces),
                      rows=sum(t.trace.num_rows for t in traces), quarantined=num_quarantined, hidden=hidden,
-                     quarantine=quarantine, measured=measured)
+                     quarantine=quarantine, measured=measured,
+                     lengths=tuple(t.trace.num_tokens for t in traces))
 
 
 def _measured(traces: Sequence[EncodedTrace], head_tv_R: NDArray[np.float64], stored: Sequence[Trace]) -> Measured:

@@ -71,7 +71,8 @@ class Measured(Struct, frozen=True, kw_only=True):
 
 
 class ShardInfo(Struct, frozen=True, kw_only=True):
-    """The record inside a main shard's footer. `first_ordinal` and `num_prompts` are its range in the plan."""
+    """The record inside a main shard's footer. `first_ordinal` and `num_prompts` are its range in the plan; `lengths`
+    are the tokens of each trace, in the shard's order, so that batches can be planned without the shard."""
 
     format_version: int = FORMAT_VERSION
     fingerprint: Sha256
@@ -86,6 +87,7 @@ class ShardInfo(Struct, frozen=True, kw_only=True):
     hidden: FileRef | None
     quarantine: FileRef | None
     measured: Measured
+    lengths: tuple[Count, ...] | None = None
 
 
 class Fragment(Struct, frozen=True, kw_only=True):

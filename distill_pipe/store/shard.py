@@ -159,6 +159,8 @@ def require_counts(path: Path, info: ShardInfo, traces: Sequence[Trace]) -> None
     if held != (info.traces, info.tokens, info.rows):
         raise DamageError(f"{path} holds {held[0]} traces of {held[1]} tokens and {held[2]} rows; its record says "
                           f"{info.traces}, {info.tokens} and {info.rows}")
+    if info.lengths is not None and info.lengths != tuple(t.num_tokens for t in traces):
+        raise DamageError(f"{path} holds traces of other lengths than its record says")
 
 
 def _is_flat(column: str) -> bool:
