@@ -266,6 +266,8 @@ def test_distillkits_rows_hold_the_head_as_it_is_and_labels_that_mark_its_positi
         values = np.array(row["top_values"])
         assert values.shape == (trace.num_tokens, SHAPE.top_k)
         assert np.isfinite(values).all()
+        # The trainer takes log(1 - mass) of every position, masked or not.
+        assert (np.exp(values).sum(1) < 0.999).all()
         for r, position in enumerate(trace.positions_R.tolist()):
             ids, logprobs = head_of_row(trace, r)
             assert row["token_ids"][position] == ids

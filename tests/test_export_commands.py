@@ -1,4 +1,4 @@
-"""`distill-pipe export` as its user meets it: facts on stdout, everything else on stderr, and one line for a mistake."""
+"""`distill-pipe export` as its user meets it: facts on stdout, all else on stderr, and one line for a mistake."""
 
 import json
 from collections.abc import Callable

@@ -35,8 +35,9 @@ class DistillKit(TokenRows):
         length, positions_R = record.num_tokens, record.positions_R
         ids_RK, logprobs_RK, held_RK = head_of(record, self.top_k)
         row_T = at_positions(torch.ones_like(positions_R, dtype=torch.bool), positions_R, length)
-        # Where nothing is compared, any distribution that is one.
-        values_TK = torch.full((length, self.top_k), -math.log(self.top_k))
+        # Where nothing is compared: half of the mass, evenly. All of it would be NaN under `symmetric_uniform`, which
+        # takes the log of what is missing before it looks at the mask.
+        values_TK = torch.full((length, self.top_k), -math.log(2 * self.top_k))
         values_TK[positions_R] = torch.where(held_RK, logprobs_RK, _NO_ENTRY)
         ids_TK = torch.arange(self.top_k).expand(length, -1).clone()
         ids_TK[positions_R] = ids_RK
