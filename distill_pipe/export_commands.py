@@ -51,7 +51,11 @@ def export(  # noqa: PLR0913 - one option per setting of the trainers' formats
 
     options = ExportOptions(layers=_layers(layers), dtype=dtype.value, top_k=top_k, seq_length=seq_length,
                             draft_vocab=draft_vocab, target=_folder(target))
-    report = run_export(root, to.value, out, options, _Progress())
+    try:
+        report = run_export(root, to.value, out, options, _Progress())
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues the export")
+        raise typer.Exit(130) from None
     if report.dropped_mass is not None:
         say(f"{report.trainer} keeps the head alone: {report.dropped_mass:.1%} of the probability, the mean mass "
             "outside it, is dropped, and a loss on the rest has another optimum than the target")

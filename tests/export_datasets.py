@@ -13,7 +13,7 @@ from tiny_datasets import Shape, commit_traces, make_dataset, random_trace, star
 
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.norm import write_final_norm
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import open_root
 from distill_pipe.store.trace import Trace
 
 EPS = 1e-5
@@ -25,10 +25,10 @@ def norm_weight(shape: Shape = SHAPE) -> np.ndarray:
     return np.random.default_rng(7).uniform(0.5, 2, shape.hidden_size).astype(np.float32)
 
 
-def normed_dataset(root: Path, shape: Shape = SHAPE, num_prompts: int = PROMPTS) -> Run:
+def normed_dataset(root: Path | str, shape: Shape = SHAPE, num_prompts: int = PROMPTS) -> Run:
     """`make_dataset` with a final norm: `random_trace(ordinal, shape)` makes any of its traces again."""
     run = make_dataset(root, num_prompts, shape)
-    write_final_norm(LocalRoot(root), norm_weight(shape))
+    write_final_norm(open_root(root), norm_weight(shape))
     return run
 
 
@@ -36,7 +36,7 @@ def certain_dataset(root: Path, shape: Shape = SHAPE, num_prompts: int = 4) -> R
     """A target that is nearly certain of the token that follows, so that a row in a wrong place shows."""
     run = start_run(root, num_prompts, shape)
     commit_traces(root, run, [certain_trace(i, shape) for i in range(num_prompts)])
-    write_final_norm(LocalRoot(root), norm_weight(shape))
+    write_final_norm(open_root(root), norm_weight(shape))
     return run
 
 

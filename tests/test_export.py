@@ -4,7 +4,9 @@ written from their source, whose place each exporter names.
 """
 
 import json
+import resource
 import struct
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,9 +31,9 @@ from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
 from distill_pipe.consume import ShardReader
 from distill_pipe.consume.adapters import TrainerSamples, trainer_layout
-from distill_pipe.consume.export import ExportReport, export
+from distill_pipe.consume.export import RECORD, ExportReport, export
 from distill_pipe.consume.exporters import LAYOUTS, ExportOptions
-from distill_pipe.errors import DamageError, MismatchError, UsageError
+from distill_pipe.errors import DamageError, MismatchError, StorageFullError, UsageError
 from distill_pipe.store.finalize import finalize
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
@@ -391,6 +393,21 @@ def test_a_file_that_a_killed_export_left_half_done_has_a_name_no_loader_takes(r
     assert not seen[0].exists()
 
 
+@pytest.mark.parametrize("trainer", ["speculators", "specforge", "deepspec", "axolotl"])
+def test_a_full_disk_ends_in_one_error_and_leaves_no_file_that_a_loader_would_take(root, options, tmp_path, trainer
+                                                                                   ) -> None:
+    # A limit on the size of files fails like a quota does, whoever writes: Python, torch, safetensors or Arrow.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))
+    try:
+        with pytest.raises(StorageFullError, match="free some room, then run the same command again"):
+            export(root, trainer, tmp_path / "out", options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == [RECORD]
+    assert export(root, trainer, tmp_path / "out", options).files_kept == 0
+
+
 def test_float32_states_stay_float32_where_a_trainer_takes_them(tmp_path) -> None:
     shape = Shape(layers=(1, 2, 3, 4), hidden_codec="f32", final_norm_eps=1e-5)
     normed_dataset(tmp_path / "dataset", shape, 2)
@@ -439,6 +456,23 @@ def test_a_dataset_that_lacks_what_a_trainer_needs_is_refused_with_the_option_to
     assert says in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_in_an_object_store_is_exported_alike(exported, options, tmp_path) -> None:
+    place = f"memory://{uuid.uuid4().hex}"
+    normed_dataset(place)
+    export(place, "specforge", tmp_path / "out", options)
+    assert contents(tmp_path / "out") == contents(exported("specforge"))
+
+
+def test_deepspec_is_told_the_target_that_its_configuration_names(root, options, exported, tmp_path) -> None:
+    def named(folder: Path) -> str:
+        return json.loads((folder / "manifest.json").read_bytes())["target_model_name_or_path"]
+
+    assert named(exported("deepspec")) == str(options.target)
+    report = export(root, "deepspec", tmp_path / "out", ExportOptions(target=Path("/models/tiny")))
+    assert "has to read /models/tiny" in report.notes[0]
+    assert named(tmp_path / "out") == "/models/tiny"
 
 
 def test_an_unfinished_dataset_is_refused(tmp_path) -> None:

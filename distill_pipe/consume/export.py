@@ -16,6 +16,7 @@ from distill_pipe.consume.exporters import DEFAULTS, ExportOptions, Layout, trai
 from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.errors import MismatchError, UsageError
+from distill_pipe.store.disk import storage_failures
 from distill_pipe.store.root import open_root
 
 RECORD = ".distill-pipe.json"
@@ -63,13 +64,22 @@ def export(root: str | os.PathLike[str], trainer: str, out: str | os.PathLike[st
         UsageError: the trainer is unknown, the dataset lacks what it needs or is not complete, or `out` holds something
             else.
         MismatchError: `out` holds an export of another dataset or with other options.
+        StorageFullError: no room is left; what was written stays, and the same call goes on.
         DamageError: the dataset is damaged.
     """
     folder = Path(out)
     inventory = Inventory(open_root(root))
     layout = trainer_layout(root, trainer, options)
     layout.require_inputs()
-    _claim(folder, _record(layout))
+    with storage_failures(str(folder)):
+        _claim(folder, _record(layout))
+        written = _write(folder, layout, inventory, on_file)
+        layout.finish(folder, inventory)
+    return _report(folder, layout, inventory, written)
+
+
+def _write(folder: Path, layout: Layout, inventory: Inventory, on_file: Callable[[int, int], None] | None) -> int:
+    """Write the files of samples that are not there; how many those were."""
     size = layout.samples_per_file
     missing = {first for first in range(0, len(inventory), size) if not (folder / layout.file_name(first)).exists()}
     wanted = {n for first in missing for n in range(first, min(first + size, len(inventory)))}
@@ -83,8 +93,7 @@ def export(root: str | os.PathLike[str], trainer: str, out: str | os.PathLike[st
             group = []
             if on_file is not None:
                 on_file(number + 1, len(inventory))
-    layout.finish(folder, inventory)
-    return _report(folder, layout, inventory, len(missing))
+    return len(missing)
 
 
 def _record(layout: Layout) -> ExportRecord:

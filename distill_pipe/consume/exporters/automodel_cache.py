@@ -12,11 +12,10 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_pipe.consume.drafts.eagle3 import read_weights
-from distill_pipe.consume.exporters.files import whole_file
+from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.record import Sample
 from distill_pipe.errors import UsageError
 
@@ -35,7 +34,7 @@ def cache_file(first: int) -> str:
 
 def write_cache_file(path: Path, samples: Sequence[Sample]) -> None:
     """The samples of a shard, stacked."""
-    save_file({name: torch.stack([s[name] for s in samples]) for name in samples[0]}, path)
+    save_tensors(path, {name: torch.stack([s[name] for s in samples]) for name in samples[0]})
 
 
 def write_manifest(folder: Path, version: int, fields: dict[str, object]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import msgspec
-from safetensors.torch import save_file
 
 from distill_pipe.consume.exporters.automodel_cache import (
     DTYPE_NAMES,
@@ -25,7 +24,7 @@ from distill_pipe.consume.exporters.automodel_cache import (
     write_cache_file,
     write_manifest,
 )
-from distill_pipe.consume.exporters.files import whole_file
+from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import ExportOptions
 from distill_pipe.consume.exporters.record import Record, Sample, padded
@@ -72,7 +71,7 @@ class AutomodelDspark(StatesLayout):
         target, source = self.run.spec.target, target_folder(self.options.target, self.name)
         embedding_VH, head_VH = (table_VH.to(self.dtype) for table_VH in target_tables(source))
         with whole_file(folder / "target_weights.safetensors") as path:
-            save_file({"embed_tokens.weight": embedding_VH, "lm_head.weight": head_VH.clone()}, path)
+            save_tensors(path, {"embed_tokens.weight": embedding_VH, "lm_head.weight": head_VH.clone()})
         write_manifest(folder, 1, {
             "target_model": target.name, "target_model_type": _model_type(source),
             "target_vocab_size": target.vocab_size, "hidden_size": target.hidden_size,

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_pipe.consume.exporters.automodel_cache import (
@@ -35,7 +34,7 @@ from distill_pipe.consume.exporters.automodel_cache import (
     write_cache_file,
     write_manifest,
 )
-from distill_pipe.consume.exporters.files import whole_file
+from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import ExportOptions, Layout, aux_layers, head_entries
 from distill_pipe.consume.exporters.record import Record, Sample, at_positions, padded
@@ -124,7 +123,7 @@ class AutomodelEagle3(Layout):
         target = self.run.spec.target
         embedding_VH, _ = target_tables(target_folder(self.options.target, self.name))
         with whole_file(folder / "target_embeddings.safetensors") as path:
-            save_file({"weight": embedding_VH.float()}, path)
+            save_tensors(path, {"weight": embedding_VH.float()})
         write_manifest(folder, 2, {
             "target_model": target.name, "target_vocab_size": target.vocab_size,
             "draft_vocab_size": len(self._selected_D), "seq_length": self.options.seq_length,

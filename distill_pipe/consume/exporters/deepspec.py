@@ -20,9 +20,11 @@ import torch
 
 from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
-from distill_pipe.consume.exporters.layout import Dtype
+from distill_pipe.consume.exporters.layout import Dtype, ExportOptions
 from distill_pipe.consume.exporters.record import Record, Sample
 from distill_pipe.consume.exporters.states import StatesLayout, paired_tokens
+from distill_pipe.store.manifest import Run
+from distill_pipe.store.root import Root
 
 _INDEX = struct.Struct("<QIIQQQQQ")
 
@@ -34,6 +36,11 @@ class DeepSpec(StatesLayout):
     samples_per_file: ClassVar[int] = 16
     dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16",)
     takes_embeddings: ClassVar[bool] = True
+
+    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+        super().__init__(root, run, options)
+        self._target = run.spec.target.name if options.target is None else str(options.target)
+        self.notes = (f"the trainer's model.target_model_name_or_path has to read {self._target}; --target changes it",)
 
     def sample(self, record: Record) -> Sample:
         token_ids_S, loss_mask_S = paired_tokens(record)
@@ -78,4 +85,4 @@ class DeepSpec(StatesLayout):
         return {"version": 2, "num_samples": samples, "num_shards": len(shards), "target_layer_ids": self.layer_ids,
                 "hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8",
                 "index_record_size": _INDEX.size, "hidden_size": self.run.spec.target.hidden_size, "shards": shards,
-                "target_model_name_or_path": self.run.spec.target.name}
+                "target_model_name_or_path": self._target}

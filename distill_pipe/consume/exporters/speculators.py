@@ -16,11 +16,10 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_pipe.consume.exporters.arrow_folder import write_state, write_stream
-from distill_pipe.consume.exporters.files import whole_file
+from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Dtype, ExportOptions, Layout, aux_layers, last_layer
 from distill_pipe.consume.exporters.record import Record, Sample
@@ -71,7 +70,7 @@ class Speculators(Layout):
 
     def write(self, path: Path, samples: Sequence[Sample]) -> None:
         [sample] = samples
-        save_file({name: tensor.contiguous() for name, tensor in sample.items() if name != "loss_mask"}, path)
+        save_tensors(path, {name: tensor for name, tensor in sample.items() if name != "loss_mask"})
 
     def finish(self, folder: Path, inventory: Inventory) -> None:
         with whole_file(folder / _STREAM) as path:
