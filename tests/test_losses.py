@@ -1,7 +1,7 @@
 """Catches wrong values, wrong gradients and dead or NaN gradients in the losses, against dense float64 oracles.
 
-The oracles are the definitions of arXiv 2602.23881 over the whole vocabulary, differentiated by autograd, plus the
-paper's analytic gradients. Shapes: R rows, K head entries, M samples, V vocabulary.
+The oracles are those of `dense_losses`, differentiated by autograd, and the paper's analytic gradients. Shapes: R rows,
+V vocabulary.
 """
 
 import math
@@ -9,84 +9,25 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
+from dense_losses import CASES, ETA, combine, dense_terms, exact_terms, logits, ordinary_rows, sparse, whole
 from hypothesis import given, settings
 from torch import Tensor
 
-from distill_pipe.consume import LossOutput, SparseTarget, kl_loss, lk_alpha_loss, lk_hybrid_loss, tv_loss
+from distill_pipe.consume import (
+    DraftVocabulary,
+    LossOutput,
+    SparseTarget,
+    kl_loss,
+    lk_alpha_loss,
+    lk_hybrid_loss,
+    reverse_kl_loss,
+    tv_loss,
+)
 from distill_pipe.errors import UsageError
 
-LOSSES = {"kl": kl_loss, "tv": tv_loss, "lk_alpha": lk_alpha_loss, "lk_hybrid": lk_hybrid_loss}
+LOSSES = {"kl": kl_loss, "reverse_kl": reverse_kl_loss, "tv": tv_loss, "lk_alpha": lk_alpha_loss,
+          "lk_hybrid": lk_hybrid_loss}
 RULES = ("sampled", "drop", "bucket")
-ETA = 3.0
-
-
-def logits(rows: int, vocab: int, seed: int, scale: float = 2.0) -> Tensor:
-    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
-
-
-def ordinary_rows() -> tuple[Tensor, Tensor]:
-    target_RV = logits(6, 40, seed=1)
-    return target_RV, target_RV + logits(6, 40, seed=2, scale=1.0)
-
-
-def disjoint_rows() -> tuple[Tensor, Tensor]:
-    target_RV, draft_RV = logits(4, 40, seed=3), logits(4, 40, seed=4)
-    target_RV[:, :20] += 25
-    draft_RV[:, 20:] += 25
-    return target_RV, draft_RV
-
-
-def saturated_rows() -> tuple[Tensor, Tensor]:
-    signs_RV, other_RV = logits(5, 40, seed=5).sign(), logits(5, 40, seed=6).sign()
-    jitter_RV = logits(5, 40, seed=7, scale=0.1)
-    return 30 * signs_RV + jitter_RV, 30 * other_RV - jitter_RV
-
-
-def draft_in_the_tail() -> tuple[Tensor, Tensor]:
-    target_RV = logits(5, 40, seed=8)
-    return target_RV, logits(5, 40, seed=9) - 12 * target_RV
-
-
-def target_in_the_tail() -> tuple[Tensor, Tensor]:
-    return logits(5, 400, seed=10, scale=0.05), logits(5, 400, seed=11, scale=0.5)
-
-
-CASES = {f.__name__: f for f in (ordinary_rows, disjoint_rows, saturated_rows, draft_in_the_tail, target_in_the_tail)}
-
-
-def dense_terms(draft_RV: Tensor, target: SparseTarget, tail: str) -> tuple[Tensor, Tensor]:
-    """KL and alpha of each row by the definition of each tail rule, over dense float64 distributions."""
-    logq_RV = draft_RV.log_softmax(1)
-    head_RV = torch.zeros_like(draft_RV).scatter(1, target.topk_ids_RK, target.topk_logprobs_RK.double().exp())
-    in_head_RV = torch.zeros_like(draft_RV, dtype=torch.bool).scatter(1, target.topk_ids_RK, True)
-    q_RV, mass_R = logq_RV.exp(), target.tail_mass_R.double()
-    alpha_R = torch.minimum(head_RV, q_RV)[in_head_RV].reshape(len(target), -1).sum(1)
-    safe_RV = torch.where(in_head_RV, head_RV, 1.0)
-    kl_R = torch.where(in_head_RV, head_RV * (safe_RV.log() - logq_RV), 0.0).sum(1)
-    if tail == "sampled":
-        p_RM = target.tail_logprobs_RM.double().exp()
-        q_RM = q_RV.gather(1, target.tail_ids_RM)
-        weight_R = mass_R / target.tail_ids_RM.shape[1]
-        alpha_R = alpha_R + weight_R * torch.minimum(torch.ones_like(p_RM), q_RM / p_RM).sum(1)
-        kl_R = kl_R + weight_R * (p_RM.log() - logq_RV.gather(1, target.tail_ids_RM)).sum(1)
-    if tail == "bucket":
-        # The logsumexp over the tail alone, because 1 - sum(q) is inexact even in float64 on saturated rows.
-        log_outside_R = draft_RV.masked_fill(in_head_RV, -math.inf).logsumexp(1) - draft_RV.logsumexp(1)
-        alpha_R = alpha_R + torch.minimum(mass_R, log_outside_R.exp())
-        kl_R = kl_R + mass_R * (mass_R.log() - log_outside_R)
-    return kl_R, alpha_R
-
-
-def combine(name: str, kl_R: Tensor, alpha_R: Tensor) -> Tensor:
-    """The paper's losses from dense KL and alpha."""
-    if name == "kl":
-        return kl_R.mean()
-    if name == "tv":
-        return (1 - alpha_R).mean()
-    if name == "lk_alpha":
-        return -alpha_R.log().mean()
-    share = math.exp(-ETA * alpha_R.mean().item())
-    return share * kl_R.mean() + (1 - share) * (1 - alpha_R).mean()
 
 
 def run(name: str, draft_RV: Tensor, target: SparseTarget, **options: object) -> tuple[LossOutput, Tensor]:
@@ -97,18 +38,10 @@ def run(name: str, draft_RV: Tensor, target: SparseTarget, **options: object) ->
     return output, leaf_RV.grad
 
 
-def sparse(target_RV: Tensor, top_k: int = 8, samples: int = 4, seed: int = 0) -> SparseTarget:
-    return SparseTarget.from_logits(target_RV, top_k, samples, torch.Generator().manual_seed(seed))
-
-
-def whole(target_RV: Tensor) -> SparseTarget:
-    return sparse(target_RV, top_k=target_RV.shape[1], samples=0)
-
-
-def assert_close_gradients(found_RV: Tensor, expected_RV: Tensor) -> None:
+def assert_close_gradients(found_RV: Tensor, expected_RV: Tensor, least: float = 1e-30) -> None:
     """Row by row, relative to the row's own size, so that a small gradient is checked as hard as a big one."""
     error_R = (found_RV.double() - expected_RV).norm(dim=1)
-    assert (error_R <= 2e-4 * expected_RV.norm(dim=1) + 1e-30).all(), error_R / expected_RV.norm(dim=1)
+    assert (error_R <= 2e-4 * expected_RV.norm(dim=1) + least).all(), error_R / expected_RV.norm(dim=1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,12 +52,13 @@ def test_value_and_gradient_equal_the_dense_definition_of_the_tail_rule(name: st
     target = sparse(target_RV)
     output, grad_RV = run(name, draft_RV, target, tail=tail)
     exact_RV = draft_RV.double().requires_grad_()
-    kl_R, alpha_R = dense_terms(exact_RV, target, tail)
-    expected = combine(name, kl_R, alpha_R)
+    terms = dense_terms(exact_RV, target, tail)
+    expected = combine(name, terms)
     expected.backward()
     assert output.loss.item() == pytest.approx(expected.item(), rel=2e-5, abs=1e-6)
-    assert torch.allclose(output.alpha_R.double(), alpha_R, rtol=1e-4, atol=1e-30)
-    assert_close_gradients(grad_RV, exact_RV.grad)
+    assert torch.allclose(output.alpha_R.double(), terms.alpha_R, rtol=1e-4, atol=1e-30)
+    # Reverse KL is flat where all of q lies outside the head: what is left there is a difference of numbers near 10.
+    assert_close_gradients(grad_RV, exact_RV.grad, least=1e-5 if name == "reverse_kl" else 1e-30)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,14 +69,17 @@ def test_a_head_of_the_whole_vocabulary_gives_the_papers_gradients_under_every_r
     alpha_R1 = torch.minimum(p_RV, q_RV).sum(1, keepdim=True)
     sign_RV = (q_RV - p_RV).sign()
     tv_RV = 0.5 * q_RV * (sign_RV - (q_RV * sign_RV).sum(1, keepdim=True))
-    expected = {"kl": q_RV - p_RV, "tv": tv_RV, "lk_alpha": tv_RV / alpha_R1}
+    log_ratio_RV = draft_RV.double().log_softmax(1) - target_RV.double().log_softmax(1)
+    reverse_RV = q_RV * (log_ratio_RV - (q_RV * log_ratio_RV).sum(1, keepdim=True))
+    expected = {"kl": q_RV - p_RV, "reverse_kl": reverse_RV, "tv": tv_RV, "lk_alpha": tv_RV / alpha_R1}
     share = math.exp(-ETA * alpha_R1.mean().item())
     expected["lk_hybrid"] = share * expected["kl"] + (1 - share) * tv_RV
     for name, grad_RV in expected.items():
         _, found_RV = run(name, draft_RV, whole(target_RV), tail=tail)
-        # The stored log-probabilities are float32, and so is the q they are compared with.
+        # The stored log-probabilities are float32, and so is the q they are compared with; those of reverse KL are
+        # multiplied by log q/p, which is near 50 here.
         error_R = (found_RV.double() * len(p_RV) - grad_RV).norm(dim=1)
-        assert (error_R <= 2e-4 * grad_RV.norm(dim=1) + 1e-6).all(), name
+        assert (error_R <= 2e-4 * grad_RV.norm(dim=1) + (5e-6 if name == "reverse_kl" else 1e-6)).all(), name
 
 
 @pytest.mark.parametrize("tail", RULES)
@@ -189,20 +126,68 @@ def test_disjoint_rows_over_a_large_vocabulary_have_a_live_gradient(tail: str) -
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), vocab=st.integers(2, 60), top_k=st.integers(1, 60), scale=st.floats(0, 20),
-       noise=st.floats(0, 20))
+       noise=st.floats(0, 20), temperature=st.sampled_from([1.0, 0.7, 0.2]))
 def test_the_true_acceptance_rate_lies_between_the_bounds(seed: int, vocab: int, top_k: int, scale: float,
-                                                          noise: float) -> None:
+                                                          noise: float, temperature: float) -> None:
     target_RV = logits(4, vocab, seed, scale)
     draft_RV = target_RV + logits(4, vocab, seed + 1, noise)
-    alpha_R = torch.minimum(target_RV.double().softmax(1), draft_RV.double().softmax(1)).sum(1)
-    output = tv_loss(draft_RV, sparse(target_RV, top_k))
-    assert (output.alpha_lower_R <= alpha_R + 1e-5).all()
-    assert (alpha_R <= output.alpha_upper_R + 1e-5).all()
-    assert (output.alpha_lower_R <= output.alpha_upper_R).all()
+    kept = torch.arange(vocab)[torch.rand(vocab, generator=torch.Generator().manual_seed(seed)) < 0.7]
+    for vocabulary in [None, DraftVocabulary.from_ids(kept, vocab)] if len(kept) else [None]:
+        draft_RD = draft_RV if vocabulary is None else draft_RV[:, vocabulary.d2t_D]
+        alpha_R = exact_terms(draft_RD.double(), target_RV, vocabulary, temperature).alpha_R
+        output = tv_loss(draft_RD, sparse(target_RV, top_k), vocabulary=vocabulary, temperature=temperature)
+        assert (output.alpha_lower_R <= alpha_R + 1e-5).all()
+        assert (alpha_R <= output.alpha_upper_R + 1e-5).all()
+        assert (output.alpha_lower_R <= output.alpha_upper_R + 1e-6).all()
+
+
+def test_no_tail_token_counts_for_more_than_the_smallest_head_entry() -> None:
+    target_RV = torch.zeros(1, 100)
+    target_RV[0, :10] = 3
+    draft_RV = torch.zeros(1, 100)
+    draft_RV[0, 99] = 20
+    p_RV = target_RV.softmax(1)
+    output = tv_loss(draft_RV, sparse(target_RV, top_k=10))
+    # All of q is on one token of the tail: the tail's mass is 0.31, but no token of it has more than a head entry.
+    assert p_RV[0, 10:].sum() > 0.3
+    assert output.alpha_upper.item() == pytest.approx(p_RV[0, 0].item(), rel=1e-4)
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10_000), rows=st.integers(0, 5), vocab=st.integers(2, 50), top_k=st.integers(1, 50),
+       samples=st.integers(1, 6), padding=st.integers(0, 3), empty=st.integers(0, 31), size=st.integers(1, 50),
+       temperature=st.sampled_from([1.0, 1.0, 0.6]), tail=st.sampled_from(RULES))
+def test_any_shape_with_padding_and_rows_without_entries_is_finite_and_right(
+        seed: int, rows: int, vocab: int, top_k: int, samples: int, padding: int, empty: int, size: int,
+        temperature: float, tail: str) -> None:
+    target_RV, draft_RV = logits(rows, vocab, seed), logits(rows, vocab, seed + 1)
+    exact, blank = sparse(target_RV, min(top_k, vocab), samples), torch.full((rows, padding), -1)
+    dropped_R = torch.tensor([bool(empty >> r & 1) for r in range(rows)], dtype=torch.bool)
+    target = SparseTarget(
+        *(torch.where(dropped_R[:, None], fill, torch.cat([x_RX, blank.to(x_RX.dtype)], 1))
+          for x_RX, fill in ((exact.topk_ids_RK, -1), (exact.topk_logprobs_RK, -math.inf))),
+        torch.where(dropped_R, 0.0, exact.tail_mass_R),
+        *(torch.where(dropped_R[:, None], fill, torch.cat([blank.to(x_RX.dtype), x_RX], 1))
+          for x_RX, fill in ((exact.tail_ids_RM, -1), (exact.tail_logprobs_RM, math.nan))), vocab)
+    vocabulary = DraftVocabulary.most_frequent(torch.arange(vocab) % 7, size) if size < vocab else None
+    draft_RD = draft_RV if vocabulary is None else draft_RV[:, :size]
+    weights_R = torch.where(dropped_R, 0.0, 1.0 + torch.arange(rows))
+    kept_R = ~dropped_R
+    for name, loss in LOSSES.items():
+        output, grad_RD = run(name, draft_RD, target, tail=tail, weights_R=weights_R, vocabulary=vocabulary,
+                              temperature=temperature)
+        assert output.loss.isfinite()
+        assert grad_RD.isfinite().all()
+        assert (grad_RD[dropped_R] == 0).all()
+        if kept_R.any():
+            alone = loss(draft_RD[kept_R], exact[kept_R], tail=tail, weights_R=weights_R[kept_R],
+                         vocabulary=vocabulary, temperature=temperature)
+            assert output.loss.item() == pytest.approx(alone.loss.item(), rel=1e-4, abs=1e-5)
+            assert output.alpha.item() == pytest.approx(alone.alpha.item(), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", ["ordinary_rows", "draft_in_the_tail", "target_in_the_tail"])
-@pytest.mark.parametrize("name", ["kl", "tv"])
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])
 def test_tail_samples_are_unbiased_in_value_and_gradient(name: str, case: str) -> None:
     target_RV, draft_RV = (x_RV[:1] for x_RV in CASES[case]())
     draws = 4000
@@ -211,8 +196,8 @@ def test_tail_samples_are_unbiased_in_value_and_gradient(name: str, case: str) -
     output = LOSSES[name](leaf_RV, target)
     (output.loss * draws).backward()
     exact_RV = draft_RV.double().requires_grad_()
-    kl_R, alpha_R = dense_terms(exact_RV, whole(target_RV), "drop")
-    expected = combine(name, kl_R, alpha_R)
+    terms = dense_terms(exact_RV, whole(target_RV), "drop")
+    expected = combine(name, terms)
     expected.backward()
     assert leaf_RV.grad is not None
     assert exact_RV.grad is not None
@@ -220,7 +205,7 @@ def test_tail_samples_are_unbiased_in_value_and_gradient(name: str, case: str) -
     error_V = (leaf_RV.grad.double().mean(0) - exact_RV.grad[0]).abs()
     assert (error_V <= 5 * leaf_RV.grad.double().std(0) / math.sqrt(draws) + 1e-6).all()
     spread = output.alpha_R.std().item() / math.sqrt(draws)
-    assert abs(output.alpha_R.mean().item() - alpha_R.item()) <= 5 * spread + 1e-6
+    assert abs(output.alpha_R.mean().item() - terms.alpha_R.item()) <= 5 * spread + 1e-6
     if name == "tv":
         assert abs(output.loss.item() - expected.item()) <= 5 * spread + 1e-6
 
@@ -269,6 +254,30 @@ def test_a_call_without_weighted_rows_is_zero_with_a_zero_gradient(name: str, ta
     assert output.alpha.item() == 0
     assert grad_RV.shape == (rows, 40)
     assert (grad_RV == 0).all()
+
+
+def test_a_fixed_share_mixes_kl_and_tv() -> None:
+    target_RV, draft_RV = ordinary_rows()
+    target = sparse(target_RV)
+    kl, tv = kl_loss(draft_RV, target), tv_loss(draft_RV, target)
+    for share in (0.0, 0.25, 1.0):
+        mixed = lk_hybrid_loss(draft_RV, target, kl_share=share)
+        assert mixed.loss.item() == pytest.approx(share * kl.loss.item() + (1 - share) * tv.loss.item(), rel=1e-6)
+
+
+def test_a_lambda_per_token_comes_from_each_rows_own_acceptance() -> None:
+    target_RV, draft_RV = ordinary_rows()
+    target, weights_R = sparse(target_RV), torch.tensor([1.0, 0, 2, 1, 1, 3])
+    leaf_RV = draft_RV.clone().requires_grad_()
+    output = lk_hybrid_loss(leaf_RV, target, per_token=True, weights_R=weights_R)
+    output.loss.backward()
+    exact_RV = draft_RV.double().requires_grad_()
+    kl_R, _, alpha_R = dense_terms(exact_RV, target, "sampled")
+    share_R = torch.exp(-ETA * alpha_R.detach())
+    expected = ((share_R * kl_R + (1 - share_R) * (1 - alpha_R)) * weights_R).sum() / 8
+    expected.backward()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_close_gradients(leaf_RV.grad, exact_RV.grad)
 
 
 def test_the_hybrid_takes_one_lambda_from_the_mean_acceptance_of_all_rows() -> None:
@@ -334,6 +343,8 @@ def test_wrong_shapes_rules_and_missing_samples_are_refused_with_a_reason() -> N
         tv_loss(draft_RV, sparse(target_RV, samples=0))
     with pytest.raises(UsageError, match="eta"):
         lk_hybrid_loss(draft_RV, target, eta=-1)
+    with pytest.raises(UsageError, match="kl_share"):
+        lk_hybrid_loss(draft_RV, target, kl_share=1.5)
     with pytest.raises(UsageError, match="one vocabulary"):
         SparseTarget.cat([target, sparse(logits(2, 30, 0))])
     with pytest.raises(UsageError, match="head"):
