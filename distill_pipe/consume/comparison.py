@@ -31,6 +31,7 @@ good to about 1e-6.
 Shapes: R rows, K head entries, M tail samples, X entries of any kind, D draft vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -68,9 +69,11 @@ def compare(draft: DraftLogits, target: Target, how: Comparing, weights_R: Tenso
         UsageError: the arguments do not fit each other, or the target cannot answer what is asked of it.
     """
     _require_fit(draft, target, how, weights_R)
-    if isinstance(target, ExactTarget):
-        return _compare_exact(draft, target, how, weights_R)
-    return _compare_stored(draft, target, how, weights_R)
+    run: Callable[..., Rows] = _compare_exact if isinstance(target, ExactTarget) else _compare_stored
+    if torch.compiler.is_compiling():
+        # Loops over pieces would be unrolled. Not a decorator, which takes a second when this module is imported.
+        run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    return run(draft, target, how, weights_R)
 
 
 def _compare_stored(draft: DraftLogits, target: SparseTarget, how: Comparing, weights_R: Tensor) -> Rows:

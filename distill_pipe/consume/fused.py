@@ -74,7 +74,6 @@ class FusedLogits:
         bias_D = None if self.bias_D is None else self.bias_D.to(self.dtype)
         return functional.linear(self.states_RH.to(self.dtype), self.weight_DH.to(self.dtype), bias_D)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def look_up(self, query: Query) -> tuple[Tensor, Tensor]:
         """See `lookup.look_up`."""
         logq_RX, capped_R = _FusedLookUp.apply(  # type: ignore[no-untyped-call]

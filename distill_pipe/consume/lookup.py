@@ -44,7 +44,6 @@ class Query:
         return Query(self.ids_RX[rows], self.held_RX[rows], self.cap_R[rows], self.temperature, self.outside)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def look_up(logits_RD: Tensor, query: Query) -> tuple[Tensor, Tensor]:
     """`log q` of the tokens asked for, with a gradient, and `sum_v min(cap, q_v)` without one.
 

@@ -9,6 +9,8 @@ adds gradients up himself has to divide by the number of ranks.
 `join_group` and `leave_group` are for processes on CPUs (gloo), such as tests; a trainer has its own group.
 """
 
+import gc
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The values added up over the ranks of a group, as each rank's own; without a group, as they are."""
     if group is None:
         return values
-    summed: Tensor = _SumOver.apply(values, group)  # type: ignore[no-untyped-call]
-    return summed
+    run: Callable[..., Tensor] = _SumOver.apply
+    if torch.compiler.is_compiling():
+        run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    return run(values, group)
 
 
 class _SumOver(torch.autograd.Function):
@@ -56,6 +59,11 @@ def join_group(rank: int, ranks: int, meeting: Path, timeout_s: float = 300.0) -
 
 
 def leave_group() -> None:
-    """Leave the default group once all ranks are here: one that left earlier would break what others still send."""
+    """Leave the default group once all ranks are here: one that left earlier would break what others still send.
+
+    Drop what refers to the group before (DDP modules, the group itself): its threads live as long as it does.
+    """
     dist.barrier()
+    # A DDP module refers to itself, so dropping it is not enough.
+    gc.collect()
     dist.destroy_process_group()
