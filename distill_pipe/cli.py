@@ -3,12 +3,10 @@
 Commands import what they need when they run, so that `status` and `verify` work without an engine or torch installed.
 """
 
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -40,8 +38,10 @@ from distill_pipe.options import (
     Writer,
     described_job,
 )
+from distill_pipe.redact import redacted
 from distill_pipe.report_commands import report
 from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace, say, visible
+from distill_pipe.stopping import StopRequest
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
@@ -54,7 +54,9 @@ from distill_pipe.token_text import token_decoder
 if TYPE_CHECKING:
     from distill_pipe.consume.train import Step
     from distill_pipe.produce.job import Job
+    from distill_pipe.store.manifest import Run
 
+_STOP = StopRequest()
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Offline target distillation for speculative decoding.")
 
@@ -66,6 +68,8 @@ def generate(  # noqa: PLR0913 - the options above
     hidden_codec: Codec = None, gpus: Gpus = None, workers: Workers = None, limit: Limit = None, job: JobFile = None,
     set_: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, like plan.")] = False,
+    log_json: Annotated[Path | None, typer.Option("--log-json", help="Append what happens to this file, as JSON lines."
+                                                  )] = None,
     as_json: Json = False,
 ) -> None:
     """Run a target over a corpus and store what a draft learns from. Continues where an earlier run stopped."""
@@ -75,7 +79,7 @@ def generate(  # noqa: PLR0913 - the options above
 
         print_forecast(forecast(described), as_json)
         return
-    _generate(described, as_json)
+    _generate(described, as_json, log_json)
 
 
 app.command()(plan)
@@ -163,29 +167,35 @@ app.command("bench-capture")(bench_capture)
 
 def main() -> None:
     """The console script: failures of ours end in one message and their exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _STOP.install()
     try:
         app()
     except DistillPipeError as error:
-        say(f"error: {error}")
+        say(f"error: {redacted(str(error))}")
         sys.exit(error.exit_code)
     except PermissionError as error:
         say(f"error: {error.filename}: {error.strerror}; choose another folder, or change its permissions")
         sys.exit(UsageError.exit_code)
 
 
-def _generate(job: "Job", as_json: bool) -> None:
+def _generate(job: "Job", as_json: bool, log_json: Path | None) -> None:
     from distill_pipe.produce.generate import generate as run_job
+    from distill_pipe.produce.journal import Journal
     from distill_pipe.produce.progress import RunMeter
 
     meter = RunMeter(Console(stderr=True))
     with ExitStack() as stack:
+
+        def start(run: "Run", shards_left: int) -> None:
+            stack.enter_context(_STOP.patiently())
+            stack.enter_context(meter.running(run, shards_left))
+
         try:
-            run = run_job(job, lambda run, left: stack.enter_context(meter.running(run, left)), meter.update)
+            run = run_job(job, start, meter.update, stack.enter_context(Journal(log_json)), _STOP.asked)
         except KeyboardInterrupt:
             stack.close()
-            say(f"{'terminated' if _Termination.asked else 'interrupted'}; the same command continues the run")
-            raise typer.Exit(143 if _Termination.asked else 130) from None
+            say(f"{'terminated' if _STOP.terminated else 'interrupted'}; the same command continues the run")
+            raise typer.Exit(_STOP.exit_code) from None
     store = open_root(job.out)
     facts = read_status(store)
     if as_json:
@@ -207,17 +217,6 @@ class _TrainLines:
         if int(step.progress * 10) > self._printed:
             self._printed = int(step.progress * 10)
             say(f"{step.progress:4.0%}  step {step.step}  loss {step.loss:.4f}  training alpha {step.alpha:.4f}")
-
-
-class _Termination:
-    """SIGTERM takes the path of Ctrl-C: Ray turns whatever a handler raises into KeyboardInterrupt, or aborts."""
-
-    asked = False
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    _Termination.asked = True
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

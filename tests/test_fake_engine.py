@@ -28,6 +28,7 @@ from distill_pipe.produce.fake_target import (
 )
 from distill_pipe.produce.generate import freeze, prepare
 from distill_pipe.produce.job import Job, load_job
+from distill_pipe.produce.schedule import Work
 from distill_pipe.produce.targets import resolve_target
 from distill_pipe.produce.worker import ShardWorker
 from distill_pipe.store.manifest import Run
@@ -55,7 +56,7 @@ def run_here(job: Job, order: list[int] | None = None) -> tuple[Run, LocalRoot]:
     deadline = time.monotonic() + 60
     while left:
         assert time.monotonic() < deadline
-        for outcome in worker.advance(fresh, 0.2).outcomes:
+        for outcome in worker.advance(map(Work, fresh), 0.2).outcomes:
             assert outcome.fragment is not None, outcome.message
             left.discard(outcome.shard)
         fresh = []

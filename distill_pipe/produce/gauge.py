@@ -21,6 +21,7 @@ from distill_pipe.produce.capture import CaptureTimes
 from distill_pipe.produce.chat import Renderer
 from distill_pipe.produce.generate import freeze, prepare
 from distill_pipe.produce.job import Job
+from distill_pipe.produce.schedule import Work
 from distill_pipe.produce.vllm_engine import VllmEngine
 from distill_pipe.produce.worker import ShardWorker
 from distill_pipe.store.manifest import Run
@@ -110,7 +111,7 @@ def capture_all(engine: VllmEngine, renderer: Renderer, run: Run, root: Root) ->
     worker = ShardWorker(engine, renderer, root, run)
     started = time.monotonic()
     left = set(range(run.spec.num_shards))
-    progress = worker.advance(sorted(left), 0.5)
+    progress = worker.advance(map(Work, sorted(left)), 0.5)
     while True:
         for outcome in progress.outcomes:
             if outcome.fragment is None:

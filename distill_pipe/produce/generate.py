@@ -4,18 +4,20 @@ The order is: resolve the target, read the corpus once to check and count it, fr
 that are not committed. Reading the corpus twice on a fresh run is the price of an untouched disk when it is wrong.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 
 import distill_pipe
-from distill_pipe.errors import QuarantineLimitError, UsageError
+from distill_pipe.errors import QuarantineLimitError, UsageError, failure_class
 from distill_pipe.produce.cluster import ClusterPlan, run_on_ray
 from distill_pipe.produce.corpus import corpus_files, read_prompts
 from distill_pipe.produce.engines import engine_for
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.layers import resolve_layers
+from distill_pipe.produce.journal import Journal
+from distill_pipe.produce.schedule import Limits
 from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
@@ -25,6 +27,7 @@ from distill_pipe.store.manifest import (
     RUN,
     FileRef,
     Run,
+    ShardInfo,
     check_file,
     encode_record,
     read_run,
@@ -36,8 +39,8 @@ from distill_pipe.store.root import Root, open_root, require_exclusive_create, s
 from distill_pipe.store.shard import read_quarantine
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, RunSpec
 
-# Failures of ours, not of the corpus: beyond this share the run stops, since something general is wrong.
-MAX_FAILED_SHARE = 0.001
+# Codes of the quarantine that speak of a failure of ours, not of the corpus.
+FAILED = ("engine", "not_finite")
 
 
 def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec) -> tuple[Target, RunSpec]:
@@ -59,18 +62,19 @@ def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec) -> t
         raise UsageError(f"corpus {', '.join(map(str, job.corpus_files))} holds no records")
     spec = RunSpec(target=target.spec, corpus=CorpusSpec(files=files, prompts=prompts), responses=job.responses,
                    sampling=job.sampling if job.responses == "target" else None, capture=capture,
-                   engine=engine_for(target.spec, length, engine_spec),
-                   prompts_per_shard=job.prompts_per_shard)
+                   engine=engine_for(target.spec, length, engine_spec), prompts_per_shard=job.prompts_per_shard)
     return target, spec
 
 
-def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callable[[Progress], None]) -> Run:
+def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callable[[Progress], None],
+             journal: Journal | None = None, stopping: Callable[[], bool] = lambda: False) -> Run:
     """Run a job to its end; whatever is committed already is kept. `on_start` gets the run and the shards left.
 
     Raises:
         DistillPipeError: see `errors`; the dataset stays valid, and the same call continues it.
+        KeyboardInterrupt: `stopping` became true; likewise.
     """
-    root = open_root(job.out)
+    root, journal = open_root(job.out), journal or Journal()
     target, spec = prepare(job)
     run = read_run(root) or freeze(root, spec, job)
     require_same_run(root, run, spec)
@@ -80,23 +84,63 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     write_card(root, run)
     done = committed_shards(root)
     restore_fragments(root, run, done)
-    todo = deque(s for s in range(num_shards(run)) if s not in done)
-    on_start(run, len(todo))
-    failed = 0
-
-    def watch(progress: Progress) -> None:
-        nonlocal failed
-        on_progress(progress)
-        failed += sum(_failures(root, o.fragment.info.quarantine, o.fragment.info.quarantined)
-                      for o in progress.outcomes if o.fragment)
-        if failed > max(1, MAX_FAILED_SHARE * run.spec.corpus.prompts):
-            raise QuarantineLimitError(f"{failed} prompts failed in the engine or in capture; see {root}/_quarantine")
-
-    if todo:
-        cluster = ClusterPlan(model=target.model, revision=target.revision,
-                              workers=min(job.workers, len(todo)), address=job.address, engine=job.engine)
-        run_on_ray(cluster, run, root, todo, watch)
+    left = num_shards(run) - len(done)
+    on_start(run, left)
+    if left == 0:
+        return run
+    engines = min(job.workers, left)
+    journal.write("run_started", root=str(root), target=spec.target.name, shards=num_shards(run), shards_left=left,
+                  prompts=spec.corpus.prompts, engines=engines)
+    watch = _Watch(root, run, job.max_failed_share, journal, on_progress)
+    cluster = ClusterPlan(model=target.model, revision=target.revision, workers=engines, address=job.address,
+                          engine=job.engine, limits=Limits(job.start_seconds, job.stall_seconds))
+    todo = (shard for shard in range(num_shards(run)) if shard not in done)
+    with _ended(journal):
+        run_on_ray(cluster, run, root, todo, left, watch, journal, stopping)
     return run
+
+
+class _Watch:
+    """Looks into the quarantine of every shard that comes, and ends a run in which too many prompts fail."""
+
+    def __init__(self, root: Root, run: Run, max_failed_share: float, journal: Journal,
+                 on_progress: Callable[[Progress], None]) -> None:
+        self._root, self._journal, self._on_progress = root, journal, on_progress
+        self._allowed = max(1.0, max_failed_share * run.spec.corpus.prompts)
+        self._failed = 0
+
+    def __call__(self, progress: Progress) -> None:
+        self._on_progress(progress)
+        for outcome in progress.outcomes:
+            if outcome.fragment is not None and outcome.fragment.info.quarantine is not None:
+                self._count(outcome.fragment.info.quarantine, outcome.fragment.info)
+        if self._failed > self._allowed:
+            raise QuarantineLimitError(f"{self._failed} prompts failed in the engine or in capture; see "
+                                       f"{self._root}/_quarantine, and raise max_failed_share to go on")
+
+    def _count(self, quarantine: FileRef, info: ShardInfo) -> None:
+        with self._root.fetched(quarantine.name, quarantine.size) as path:
+            prompts = read_quarantine(path, info.quarantined)
+        for prompt in prompts:
+            self._failed += prompt.code in FAILED
+            self._journal.write("prompt_quarantined", shard=info.shard, ordinal=prompt.ordinal, code=prompt.code,
+                                reason=prompt.message)
+
+
+@contextmanager
+def _ended(journal: Journal) -> Iterator[None]:
+    """Write down how a run ended, whatever that was."""
+    how: dict[str, str] = {"how": "finished"}
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = {"how": "stopped"}
+        raise
+    except BaseException as error:
+        how = {"how": "failed", "class": failure_class(error), "reason": str(error)}
+        raise
+    finally:
+        journal.write("run_ended", **how)
 
 
 def _check_capture(job: Job, target: Target, capture: CaptureSpec) -> None:
@@ -142,14 +186,6 @@ def _parts(spec: RunSpec, job: Job) -> Iterator[Iterator[list[PlannedPrompt]]]:
     for first in range(0, spec.num_shards, SHARDS_PER_PART):
         count = min(SHARDS_PER_PART, spec.num_shards - first)
         yield (list(islice(prompts, spec.prompts_per_shard)) for _ in range(count))
-
-
-def _failures(root: Root, quarantine: FileRef | None, limit: int) -> int:
-    if quarantine is None:
-        return 0
-    with root.fetched(quarantine.name, quarantine.size) as path:
-        prompts = read_quarantine(path, limit)
-    return sum(p.code in ("engine", "not_finite") for p in prompts)
 
 
 def not_ours(root: Root) -> str:

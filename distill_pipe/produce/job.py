@@ -53,7 +53,12 @@ class CaptureOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A job file. Paths are relative to where the command runs; what the command line gives may be left out. `gpus`
-    (`8xH200`) picks the engine's layout and the number of workers by the target's preset."""
+    (`8xH200`) picks the engine's layout and the number of workers by the target's preset.
+
+    When more than `max_failed_share` of the prompts, and more than one, fail in the engine or in capture, a run stops,
+    since something general is wrong. An engine that does not start within `start_seconds`, or runs no token for
+    `stall_seconds`, is replaced.
+    """
 
     target: str
     corpus: str | tuple[str, ...]
@@ -70,6 +75,9 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     workers: Annotated[int, Meta(ge=1)] = 1
     address: str | None = None
     gpus: str | None = None
+    max_failed_share: Annotated[float, Meta(ge=0, le=1)] = 0.001
+    start_seconds: Annotated[float, Meta(gt=0)] = 3600.0
+    stall_seconds: Annotated[float, Meta(gt=0)] = 1800.0
 
     @property
     def corpus_files(self) -> tuple[Path, ...]:

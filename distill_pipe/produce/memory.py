@@ -18,10 +18,10 @@ import msgspec
 from msgspec import Struct
 
 from distill_pipe.errors import UsageError
-from distill_pipe.produce.cluster import SHARDS_IN_FLIGHT
 from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.head import CHUNK_ROWS
 from distill_pipe.produce.model_config import ModelConfig, count_parameters
+from distill_pipe.produce.schedule import shards_in_flight
 from distill_pipe.produce.targets import Target
 from distill_pipe.produce.vllm_engine import CPU_BATCH_TOKENS, CPU_KV_CACHE_BYTES
 from distill_pipe.store.codec import bytes_per_element
@@ -108,7 +108,7 @@ def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device:
         quantization=target.quantization, weights=weights,
         weights_from=weights_from, kv_per_token=per_token,
         kv_batch=round(per_token * load.tokens * load.sequences), kv_least=per_token * spec.engine.max_model_len,
-        capture=_capture(spec, width, device.kind, options), host=_host(spec, load), device=device,
+        capture=_capture(spec, width, device.kind, options), host=_host(spec, load, options), device=device,
         fitting_sequences=None, assumptions=_assumptions(device.kind, options))
     if device.bytes is None:
         return memory
@@ -161,12 +161,13 @@ def _capture(spec: RunSpec, width: int, kind: str, options: EngineOptions) -> in
     return chunk + tokens * len(spec.capture.layers) * spec.target.hidden_size * element
 
 
-def _host(spec: RunSpec, load: Load) -> int:
+def _host(spec: RunSpec, load: Load, options: EngineOptions) -> int:
     """Coded states and rows of sequences that run and of the shards in flight, and one shard's table."""
     elements = load.tokens * len(spec.capture.layers) * spec.target.hidden_size
     row = 8 * (spec.capture.top_k + spec.capture.tail_samples) + 20
     trace = elements * bytes_per_element(spec.capture.hidden_codec) + load.rows * row
-    return round((load.sequences + (SHARDS_IN_FLIGHT + 1) * spec.prompts_per_shard) * trace)
+    shards = shards_in_flight(options.max_num_seqs, spec.prompts_per_shard) + 1
+    return round((load.sequences + shards * spec.prompts_per_shard) * trace)
 
 
 def _kv_copies(config: ModelConfig, options: EngineOptions) -> int:

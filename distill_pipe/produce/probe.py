@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distill_pipe.errors import UsageError
-from distill_pipe.produce.cluster import POLL_SECONDS
+from distill_pipe.produce.driver import POLL_SECONDS
 from distill_pipe.produce.generate import generate
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.rates import CODECS, UNITS, Rates

@@ -42,12 +42,14 @@ BACKLOG_BYTES = 512 << 20
 
 
 class ShardOutcome(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a shard: its fragment, or the error (class name and message) that kept it from being committed."""
+    """What became of a shard: its fragment, or the error (class name and message) that kept it from being committed.
+    `seconds` is what the commit took."""
 
     shard: int
     fragment: Fragment | None
     error: str = ""
     message: str = ""
+    seconds: float = 0.0
 
 
 class SinkTimes(msgspec.Struct, frozen=True, array_like=True):
@@ -145,9 +147,11 @@ class ShardSink:
 
     def _written(self, shard: int, traces: Sequence[EncodedTrace],
                  quarantined: Sequence[QuarantinedPrompt]) -> ShardOutcome:
+        started = time.monotonic()
         try:
             with self._busy("commit"):
-                return ShardOutcome(shard, commit_shard(self._root, self._run, shard, traces, quarantined))
+                fragment = commit_shard(self._root, self._run, shard, traces, quarantined)
+            return ShardOutcome(shard, fragment, seconds=time.monotonic() - started)
         except (DistillPipeError, OSError) as error:
             return _failure(shard, error)
 
