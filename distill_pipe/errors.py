@@ -24,65 +24,63 @@ is done again elsewhere), the engine's (`engine`: its prompts are suspected), th
 place's where the dataset lies (`store`), or ours (`bug`).
 """
 
-from typing import Literal
-
-FailureClass = Literal["infra", "engine", "data", "store", "bug"]
+FAILURE_CLASSES = ("infra", "engine", "data", "store", "bug")
 
 
 class DistillPipeError(Exception):
     """Base of all failures reported on purpose."""
 
     exit_code = 1
-    failure: FailureClass = "bug"
+    failure = "bug"
 
 
 class UsageError(DistillPipeError, ValueError):
     """The user asked for something that cannot be done; the message says what to change."""
 
     exit_code = 2
-    failure: FailureClass = "data"
+    failure = "data"
 
 
 class QuarantineLimitError(DistillPipeError):
     """More prompts were quarantined than the run allows."""
 
     exit_code = 3
-    failure: FailureClass = "data"
+    failure = "data"
 
 
 class MismatchError(DistillPipeError, ValueError):
     """The stored dataset and this run, or this version, do not belong together."""
 
     exit_code = 4
-    failure: FailureClass = "data"
+    failure = "data"
 
 
 class StorageFullError(DistillPipeError, OSError):
     """The store has no room left."""
 
     exit_code = 5
-    failure: FailureClass = "store"
+    failure = "store"
 
 
 class StoreAccessError(DistillPipeError):
     """The store refuses our credentials."""
 
     exit_code = 6
-    failure: FailureClass = "store"
+    failure = "store"
 
 
 class StoreError(DistillPipeError, OSError):
     """The store failed. What is committed is safe, and the same command continues."""
 
     exit_code = 75
-    failure: FailureClass = "store"
+    failure = "store"
 
 
 class EngineError(DistillPipeError, RuntimeError):
     """No engine can do the work."""
 
     exit_code = 7
-    failure: FailureClass = "engine"
+    failure = "engine"
 
 
 class EngineStartError(EngineError):
@@ -92,14 +90,14 @@ class EngineStartError(EngineError):
 class ClusterError(EngineError):
     """Ray cannot be reached, or has no place for an engine."""
 
-    failure: FailureClass = "infra"
+    failure = "infra"
 
 
 class CaptureError(DistillPipeError, RuntimeError):
     """What the engine delivered is not a complete, finite supervision of the prompt."""
 
     exit_code = 7
-    failure: FailureClass = "engine"
+    failure = "engine"
 
 
 class NotFiniteError(CaptureError):
@@ -110,17 +108,17 @@ class DamageError(DistillPipeError):
     """Stored data is missing or damaged."""
 
     exit_code = 8
-    failure: FailureClass = "store"
+    failure = "store"
 
 
 class AuditError(DistillPipeError):
     """Stored supervision is further from the replayed target than the audit's limits allow."""
 
     exit_code = 8
-    failure: FailureClass = "data"
+    failure = "data"
 
 
-def failure_class(error: BaseException) -> FailureClass:
+def failure_class(error: BaseException) -> str:
     """Whose fault any exception is: of those that are not ours, failing I/O is the store's and the rest are bugs."""
     if isinstance(error, DistillPipeError):
         return error.failure

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
-from distill_pipe.errors import ClusterError, DistillPipeError, EngineError, EngineStartError, FailureClass
+from distill_pipe.errors import ClusterError, DistillPipeError, EngineError, EngineStartError
 from distill_pipe.produce.driver import (
     PLACEMENT_SECONDS,
     POLL_SECONDS,
@@ -166,7 +166,7 @@ class RayPool:
             return Ready()
         return result
 
-    def _fault(self, slot: _Slot, error: Any) -> FailureClass:
+    def _fault(self, slot: _Slot, error: Any) -> str:
         """An engine that went down with its machine is no fault of what it worked on."""
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         lost = slot.place is not None and slot.place.node not in alive

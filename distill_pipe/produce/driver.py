@@ -18,7 +18,6 @@ from distill_pipe.errors import (
     DamageError,
     DistillPipeError,
     EngineError,
-    FailureClass,
     MismatchError,
     StorageFullError,
     StoreAccessError,
@@ -166,7 +165,7 @@ class Driver:
         self._journal.write("shard_committed", shard=info.shard, traces=info.traces, tokens=info.tokens, rows=info.rows,
                             quarantined=info.quarantined, bytes=outcome.fragment.file.size, seconds=outcome.seconds)
 
-    def _fail(self, shard: int, kind: FailureClass, reason: str) -> None:
+    def _fail(self, shard: int, kind: str, reason: str) -> None:
         self._meters.add("failures", 1, **{"class": kind})
         self._journal.write("shard_failed", shard=shard, **{"class": kind, "reason": reason})
 

@@ -15,8 +15,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
-from distill_pipe.errors import FailureClass
-
 LONE_DEATHS = 2
 START_DEATHS, BARREN_DEATHS = 3, 10
 
@@ -34,9 +32,9 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an engine or a shard failed, and whose fault it was."""
+    """Why an engine or a shard failed, and whose fault it was (one of `FAILURE_CLASSES`)."""
 
-    kind: FailureClass
+    kind: str
     reason: str
 
 
