@@ -1,8 +1,10 @@
 """Catches a fake engine whose rows depend on anything but target and prompt, or that takes another path than the real
 one. The engine runs in this process; whole runs of it are in tests/faults."""
 
+import json
 import math
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import command, prompt_records, stored_traces, write_corpus
 
-from distill_pipe.errors import EngineError
+from distill_pipe.errors import EngineError, UsageError
+from distill_pipe.produce import generate
 from distill_pipe.produce.chat import Renderer
 from distill_pipe.produce.fake_engine import FakeEngine
 from distill_pipe.produce.fake_target import (
@@ -32,7 +35,7 @@ from distill_pipe.produce.schedule import Work
 from distill_pipe.produce.targets import resolve_target
 from distill_pipe.produce.worker import ShardWorker
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.plan import Message, num_shards
+from distill_pipe.store.plan import Message, PlannedPrompt, num_shards, write_plan_part
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import read_quarantine
 from distill_pipe.store.spec import SamplingSpec
@@ -145,7 +148,7 @@ def test_marked_prompts_do_harm_only_where_a_test_allows_it(tmp_path: Path, monk
     assert_whole(tmp_path / "calm", 4)
     monkeypatch.setenv("DISTILL_PIPE_FAKE_FAULTS", "1")
     run_here(fake_job(tmp_path, "harmed", prompts=prompts))
-    assert_whole(tmp_path / "harmed", 4, quarantined=2)
+    assert_whole(tmp_path / "harmed", 4, given_up=2)
     [file] = (tmp_path / "harmed" / "_quarantine").rglob("*.parquet")
     assert [(p.ordinal, p.code) for p in read_quarantine(file, 2)] == [(0, "engine"), (2, "not_finite")]
     with pytest.raises(EngineError, match="a prompt asked for it"):
@@ -158,3 +161,22 @@ def test_a_fake_target_has_a_forecast_and_shows_its_traces(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     done = command("plan", "--corpus", tmp_path / "c.jsonl", "--out", tmp_path / "other", *SETTINGS)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_corpus_that_changes_while_it_is_planned_is_refused_and_starts_no_run(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = fake_job(tmp_path, "out")
+
+    def write_and_append(path: Path, shards: Iterable[Sequence[PlannedPrompt]]) -> None:
+        write_plan_part(path, shards)
+        with open(job.corpus_files[0], "a") as file:
+            file.write(json.dumps({"prompt": "One more?"}) + "\n")
+
+    monkeypatch.setattr(generate, "write_plan_part", write_and_append)
+    _, spec = prepare(job)
+    with pytest.raises(UsageError, match="the corpus changed while it was read"):
+        freeze(LocalRoot(job.out), spec, job)
+    assert not (tmp_path / "out" / "run.json").exists()
+    monkeypatch.undo()
+    run, _ = run_here(job)
+    assert run.spec.corpus.prompts == 9

@@ -183,7 +183,7 @@ def wait_until_gone(nodes: Nodes) -> None:
 
 def test_a_cluster_with_too_few_devices_ends_the_run_and_says_how_many_are_missing(tmp_path, target, corpus,
                                                                                    nodes) -> None:
-    impatient = ("from distill_pipe.produce import cluster; cluster.PLACEMENT_SECONDS = 2.0; "
+    impatient = ("from distill_pipe.produce import driver; driver.PLACEMENT_SECONDS = 2.0; "
                  "from distill_pipe.cli import main; main()")
     line = [sys.executable, "-c", impatient, "generate", "--target", target, "--corpus", corpus, "--out",
             tmp_path / "out", "--responses", "corpus", "--set", f"address={nodes.address}", "--set",

@@ -22,7 +22,6 @@ import msgspec
 
 from distill_pipe.errors import ClusterError, DistillPipeError, EngineError, EngineStartError
 from distill_pipe.produce.driver import (
-    PLACEMENT_SECONDS,
     POLL_SECONDS,
     POLLS_PER_SECOND,
     Driver,
@@ -40,7 +39,6 @@ from distill_pipe.store.root import Root
 
 _OBJECT_STORE_BYTES: Final = 100 << 20
 _REASON_CHARACTERS: Final = 500
-_LOOPBACK: Final = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +126,11 @@ class RayPool:
         draining = set(look())
         return [i for i, slot in self._slots.items() if slot.place is not None and slot.place.node in draining]
 
-    def shortage(self) -> str:
+    def shortage(self, seconds: float) -> str:
         kind, count = _engine_takes(self._ray, self._plan)
         total, free = (int(found.get(kind, 0)) for found in (self._ray.cluster_resources(),
                                                               self._ray.available_resources()))
-        start = (f"no engine found a place within {PLACEMENT_SECONDS:g} s: it takes {count} {kind}s, and {free} of the "
+        start = (f"no engine found a place within {seconds:g} s: it takes {count} {kind}s, and {free} of the "
                  f"cluster's {total} are free")
         if free < count:
             return f"{start}; {count - free} are missing"
@@ -202,7 +200,7 @@ def _start_ray(ray: Any, plan: ClusterPlan) -> None:
     local: dict[str, Any] = {}
     if plan.address is None:
         local = {"num_cpus": max(plan.workers, os.cpu_count() or 1), "include_dashboard": False,
-                 "object_store_memory": _OBJECT_STORE_BYTES, "_node_ip_address": _LOOPBACK}
+                 "object_store_memory": _OBJECT_STORE_BYTES}
     handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
@@ -219,6 +217,8 @@ def _start_ray(ray: Any, plan: ClusterPlan) -> None:
 def _guard_ray() -> None:
     """Who reaches a Ray may run code on it: one that we start takes orders from this run alone. Ray reads these when it
     is imported."""
+    # Its name speaks of other systems, but this is what makes Ray listen on the loopback interface alone.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -278,9 +278,9 @@ def _is_engines_death(cause: BaseException) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    """Ray's text of a failure holds a whole traceback; its last line is the cause."""
+    """Ray's text of a failure holds a whole traceback; its last line is the cause, and advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return redacted((lines or ["unknown"])[-1][:_REASON_CHARACTERS])
+    return redacted((lines or ["unknown"])[-1].partition(" Some common causes")[0][:_REASON_CHARACTERS])
 
 
 def _plain(cause: BaseException) -> BaseException:

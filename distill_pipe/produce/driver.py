@@ -76,8 +76,8 @@ class Pool(Protocol):
     def leaving(self) -> Iterable[int]:
         """Engines on machines that are about to go."""
 
-    def shortage(self) -> str:
-        """Why no engine has a place."""
+    def shortage(self, seconds: float) -> str:
+        """Why no engine found a place for so long."""
 
 
 class Driver:
@@ -119,7 +119,7 @@ class Driver:
         if not self._schedule.unplaced:
             self._homeless_since = now
         elif now - self._homeless_since > PLACEMENT_SECONDS:
-            raise ClusterError(self._pool.shortage())
+            raise ClusterError(self._pool.shortage(PLACEMENT_SECONDS))
         if now - self._looked > LEAVING_SECONDS:
             self._looked = now
             for engine in self._pool.leaving():

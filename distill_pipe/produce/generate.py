@@ -162,8 +162,15 @@ def _check_capture(job: Job, target: Target, capture: CaptureSpec) -> None:
 
 
 def freeze(root: Root, spec: RunSpec, job: Job) -> Run:
-    """Write plan and run.json of a new run; the plan's names hold its content, so a repeat is harmless."""
+    """Write plan and run.json of a new run; the plan's names hold its content, so a repeat is harmless.
+
+    Raises:
+        UsageError: the place is taken, or the corpus is not what it was when `spec` was made.
+    """
     if not root.is_unused():
+        # Another driver that was started at the same moment may have been faster.
+        if (frozen := read_run(root)) is not None:
+            return frozen
         raise UsageError(not_ours(root))
     with root.scratch() as folder:
         plan = []
@@ -174,6 +181,8 @@ def freeze(root: Root, spec: RunSpec, job: Job) -> Run:
             ref = FileRef(name=f"plan/part-{number:03d}-{digest[:8]}.parquet", sha256=digest, size=path.stat().st_size)
             root.publish(path, ref.name)
             plan.append(ref)
+    if corpus_files(job.corpus_files) != spec.corpus.files:
+        raise UsageError("the corpus changed while it was read, so no run was started; wait until nobody writes to it")
     run = Run(fingerprint=spec.fingerprint, spec=spec, plan=tuple(plan),
               created_by=f"distill-pipe {distill_pipe.__version__}",
               created_at=datetime.now(UTC).isoformat("T", "seconds"))

@@ -1,0 +1,166 @@
+"""Runs of the fake target that can be killed, and the nodes of a Ray cluster that can be lost."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from fakes import SETTINGS
+
+from distill_pipe.store.commit import committed_shards
+from distill_pipe.store.manifest import shard_name
+from distill_pipe.store.root import LocalRoot
+
+STEP_SECONDS = "0.03"
+PATIENCE_SECONDS = 240
+GONE_SECONDS = 40
+
+
+class RunningJob:
+    """One `generate` command, and the processes it started."""
+
+    def __init__(self, corpus: Path, out: Path, *args: object, env: dict[str, str] | None = None,
+                 settings: tuple[str, ...] = SETTINGS, wrapped: tuple[str, ...] = ()) -> None:
+        self.mark = f"DISTILL_PIPE_TEST={uuid.uuid4()}"
+        name, value = self.mark.split("=")
+        line = [*wrapped, sys.executable, "-m", "distill_pipe.cli", "generate", "--corpus", corpus, "--out", out,
+                *settings, *args]
+        self.log = out.with_name(f"{value}.log")
+        environment = {**os.environ, "DISTILL_PIPE_FAKE_STEP_SECONDS": STEP_SECONDS, **(env or {}), name: value}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(list(map(str, line)), env=environment, stderr=log,
+                                            stdout=subprocess.DEVNULL)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def says(self) -> str:
+        return self.log.read_text()
+
+    def engines(self) -> list[psutil.Process]:
+        """The living processes of this run that hold an engine."""
+        return [p for p in marked_processes(self.mark) if "_Replica" in titled(p)]
+
+    def wait_for(self, happened: Callable[[], object]) -> None:
+        until(lambda: happened() or not self.alive)
+        assert self.alive, self.says()
+
+    def wait_for_commits(self, out: Path, count: int = 1) -> None:
+        self.wait_for(lambda: len(commits(out)) >= count)
+
+    def end(self, *codes: int) -> int:
+        """Wait for the command; it must end with one of these codes."""
+        code = self.process.wait(PATIENCE_SECONDS)
+        assert code in (codes or (0,)), self.says()
+        return code
+
+    def kill_driver(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait_until_gone(self) -> None:
+        """No engine may outlive its driver."""
+        until(lambda: not self.engines(), GONE_SECONDS)
+
+    def clean_up(self) -> None:
+        if self.alive:
+            self.process.kill()
+            self.process.wait()
+        for process in marked_processes(self.mark):
+            process.kill()
+
+
+@contextmanager
+def running(corpus: Path, out: Path, *args: object, **options: object) -> Iterator[RunningJob]:
+    """A run that is gone afterwards, whatever happens."""
+    job = RunningJob(corpus, out, *args, **options)  # type: ignore[arg-type]
+    try:
+        yield job
+    finally:
+        job.clean_up()
+
+
+class Disturber:
+    """Kills engines and drivers at random moments, over as many runs and datasets as it takes."""
+
+    def __init__(self, corpus: Path, folder: Path, shards: int, seed: int, workers: int = 2) -> None:
+        self._corpus, self._folder, self._shards, self._workers = corpus, folder, shards, workers
+        self._luck = random.Random(seed)
+        self.killed, self.outs, self.seconds = 0, [folder / "out-0"], 0.0
+
+    def run(self, kills: int, kinds: tuple[str, ...]) -> list[Path]:
+        """The datasets made meanwhile, all of them complete."""
+        while self.killed < kills or not self.finished():
+            if self.finished():
+                self.outs.append(self._folder / f"out-{len(self.outs)}")
+            before = commits(self.outs[-1])
+            with running(self._corpus, self.outs[-1], "--workers", self._workers) as job:
+                last = self._disturb(job, kills, kinds)
+                # Engines that die faster than they start, or finish nothing between, end a run with 7.
+                job.end(0, 7, -signal.SIGKILL)
+                self.seconds = max(self.seconds, time.monotonic() - last)
+                job.wait_until_gone()
+            assert before.items() <= commits(self.outs[-1]).items(), "a finished shard was written again"
+        return self.outs
+
+    def finished(self) -> bool:
+        return len(commits(self.outs[-1])) == self._shards
+
+    def _disturb(self, job: RunningJob, kills: int, kinds: tuple[str, ...]) -> float:
+        last = time.monotonic()
+        while self.killed < kills and job.alive:
+            time.sleep(self._luck.uniform(0, 5))
+            last, kind = time.monotonic(), self._luck.choice(kinds)
+            victims = job.engines() if "worker" in kind else []
+            if "worker" in kind and not victims:
+                continue
+            for victim in victims if kind == "workers" else self._luck.sample(victims, min(1, len(victims))):
+                victim.kill()
+                self.killed += 1
+            if "driver" in kind and job.alive:
+                job.kill_driver()
+                self.killed += 1
+        return last
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Living processes with this in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found.append(process)
+        except OSError:
+            continue
+    return found
+
+
+def titled(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def commits(out: Path) -> dict[int, tuple[int, int]]:
+    """Inode and change time of each committed shard: either differs when a shard was written again."""
+    if not out.exists():
+        return {}
+    stats = {shard: (out / shard_name(shard)).stat() for shard in committed_shards(LocalRoot(out))}
+    return {shard: (s.st_ino, s.st_mtime_ns) for shard, s in stats.items()}
+
+
+def until(happened: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)

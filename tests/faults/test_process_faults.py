@@ -1,0 +1,219 @@
+"""Kills, hangs and poison, on the fake target: nothing may be lost, doubled or other than an undisturbed run's.
+
+Cases have the numbers of the fault matrix. `make test` runs the quick ones, `make faults` all of them.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakes import SETTINGS, assert_same_rows, assert_whole, fake_run, quarantined, questions
+from runs import command, prompt_records, write_corpus
+
+from distill_pipe.produce.driver import GRACE_SECONDS
+from faults.jobs import Disturber, commits, running, titled
+
+pytestmark = pytest.mark.ray
+PROMPTS, PER_SHARD = 160, 4
+SHARDS = PROMPTS // PER_SHARD
+FAULTS = {"DISTILL_PIPE_FAKE_FAULTS": "1"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("undisturbed"), questions(PROMPTS), "--workers", 2)
+
+
+@pytest.fixture(scope="module")
+def corpus(undisturbed: Path) -> Path:
+    return undisturbed.with_name("c.jsonl")
+
+
+def assert_kept(out: Path, undisturbed: Path) -> None:
+    assert_whole(out, PROMPTS, len(quarantined(out)))
+    assert_same_rows(out, undisturbed)
+
+
+def kill_at_random(corpus: Path, undisturbed: Path, folder: Path, kills: int, seed: int,
+                   fault_row: Callable[..., None], *kinds: str) -> None:
+    disturber = Disturber(corpus, folder, SHARDS, seed)
+    for out in disturber.run(kills, kinds):
+        assert_kept(out, undisturbed)
+        # Two accidents that hit the same lone prompt look like poison.
+        assert len(quarantined(out)) <= disturber.killed // 20
+    names = " and ".join(kinds)
+    fault_row(f"F18 F25 SIGKILL of {names} at random moments", disturber.killed, disturber.killed,
+              seconds=disturber.seconds)
+    print(f"{disturber.killed} kills of {names}, {len(disturber.outs)} datasets, seed {seed}")
+
+
+def test_f18_workers_killed_at_random_moments_are_replaced(corpus, undisturbed, tmp_path, fault_row) -> None:
+    kill_at_random(corpus, undisturbed, tmp_path, 12, time.time_ns(), fault_row, "worker")
+
+
+def test_f19_f25_drivers_and_all_workers_killed_at_once_leave_a_run_that_continues(corpus, undisturbed, tmp_path,
+                                                                                  fault_row) -> None:
+    kill_at_random(corpus, undisturbed, tmp_path, 8, time.time_ns(), fault_row, "driver", "workers", "worker+driver")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("kinds", "kills"), [(("worker",), 150), (("driver",), 60), (("workers",), 50),
+                                              (("worker+driver", "worker"), 60)])
+def test_f18_f19_f25_three_hundred_kills(corpus, undisturbed, tmp_path, fault_row, kinds, kills) -> None:
+    kill_at_random(corpus, undisturbed, tmp_path, kills, 1, fault_row, *kinds)
+
+
+def test_f15_two_drivers_on_one_root_at_the_same_moment(corpus, undisturbed, tmp_path, fault_row) -> None:
+    out = tmp_path / "out"
+    with running(corpus, out) as one, running(corpus, out) as other:
+        one.end()
+        other.end()
+    assert_whole(out, PROMPTS)
+    assert_same_rows(out, undisturbed)
+    fault_row("F15 two drivers on one root at the same moment", 1, 1)
+
+
+@pytest.mark.parametrize(("sent", "code", "says"), [(signal.SIGINT, 130, "interrupted; the same command continues"),
+                                                    (signal.SIGTERM, 143, "terminated; the same command continues")])
+def test_f22_f27_a_signal_ends_a_run_with_its_code_and_the_same_command_continues(
+        corpus, undisturbed, tmp_path, fault_row, sent, code, says) -> None:
+    out, log = tmp_path / "out", tmp_path / "log.jsonl"
+    with running(corpus, out, "--log-json", log) as job:
+        job.wait_for_commits(out, 3)
+        job.process.send_signal(sent)
+        started = time.monotonic()
+        job.end(code)
+        assert says in job.says()
+        assert "Traceback" not in job.says()
+        job.wait_until_gone()
+    assert time.monotonic() - started < GRACE_SECONDS + 30
+    done = commits(out)
+    assert 3 <= len(done) < SHARDS
+    with running(corpus, out, env={"DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as job:
+        job.end()
+    assert done.items() <= commits(out).items()
+    assert_whole(out, PROMPTS)
+    assert_same_rows(out, undisturbed)
+    fault_row(f"F22 F27 {sent.name} to the driver", 1, 1, seconds=time.monotonic() - started)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, None])
+def test_f27_a_run_that_was_started_with_sigint_ignored_ends_as_any_other(corpus, tmp_path, sent) -> None:
+    out = tmp_path / "out"
+    wrapped = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    slow = {"DISTILL_PIPE_FAKE_STEP_SECONDS": "0.03" if sent else "0"}
+    with running(corpus, out, "--limit", "40", wrapped=wrapped, env=slow) as job:
+        job.wait_for_commits(out)
+        if sent is not None:
+            job.process.send_signal(signal.SIGINT)
+            job.process.send_signal(sent)
+        job.end(0 if sent is None else 143)
+        job.wait_until_gone()
+
+
+# Poison
+
+
+def poisoned(folder: Path, *marks: str, count: int = 16) -> Path:
+    """A corpus whose every fifth prompt from the second on is marked with one of these."""
+    prompts = questions(count)
+    for i, mark in enumerate(marks):
+        prompts[1 + 5 * i] += f" [fault:{mark}]"
+    return write_corpus(folder / "c.jsonl", prompt_records(prompts))
+
+
+def assert_poison_found(corpus: Path, out: Path, *args: object, count: int = 16, marks: int = 1) -> None:
+    with running(corpus, out, "--set", "max_failed_share=1", *args,
+                 env={**FAULTS, "DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as job:
+        job.end()
+    assert quarantined(out) == [1 + 5 * i for i in range(marks)]
+    assert_whole(out, count, marks)
+    calm = out.with_name("calm")
+    with running(corpus, calm, env={"DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as job:
+        job.end()
+    assert_same_rows(out, calm)
+
+
+def test_f29_f30_a_prompt_that_kills_its_engine_is_found_and_every_other_is_kept(tmp_path, fault_row) -> None:
+    corpus = poisoned(tmp_path, "kill", "raise")
+    assert_poison_found(corpus, tmp_path / "out", "--workers", 2, marks=2)
+    fault_row("F29 F30 prompts that kill or break the engine", 2, 2)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("mark", "case"), [("exit", "F30 a prompt that ends the process"), (
+    "hang", "F28 a prompt that hangs the engine"), ("memory", "F33 a prompt that takes all memory")])
+def test_f28_f30_f33_poison_of_every_kind_is_found(tmp_path, fault_row, mark, case) -> None:
+    assert_poison_found(poisoned(tmp_path, mark), tmp_path / "out", "--set", "stall_seconds=5")
+    fault_row(case, 1, 1)
+
+
+@pytest.mark.faults
+def test_f31_too_many_poisonous_prompts_end_the_run_with_3(tmp_path, fault_row) -> None:
+    corpus, out = poisoned(tmp_path, "raise", "raise", "raise"), tmp_path / "out"
+    with running(corpus, out, env=FAULTS) as job:
+        job.end(3)
+        assert "prompts failed in the engine or in capture" in job.says()
+    done = commits(out)
+    with running(corpus, out, "--set", "max_failed_share=1", env=FAULTS) as job:
+        job.end()
+    assert done.items() <= commits(out).items()
+    assert_whole(out, 16, 3)
+    fault_row("F31 more poison than a run allows", 3, 3)
+
+
+# Hangs and zombies
+
+
+def test_f28_an_engine_that_stops_is_replaced(corpus, undisturbed, tmp_path, fault_row) -> None:
+    out = tmp_path / "out"
+    with running(corpus, out, "--set", "stall_seconds=4") as job:
+        job.wait_for_commits(out)
+        [engine] = job.engines()
+        engine.suspend()
+        stopped = time.monotonic()
+        done = len(commits(out))
+        job.wait_for_commits(out, done + 2)
+        seconds = time.monotonic() - stopped
+        assert not engine.is_running() or "_Replica" not in titled(engine)
+        job.end()
+    assert_kept(out, undisturbed)
+    fault_row("F28 SIGSTOP of a worker", 1, 1, seconds=seconds)
+
+
+def test_f24_a_zombie_that_wakes_after_its_shard_was_done_again_changes_nothing(corpus, undisturbed, tmp_path,
+                                                                                fault_row) -> None:
+    out = tmp_path / "out"
+    with running(corpus, out) as job:
+        job.wait_for_commits(out)
+        [zombie] = job.engines()
+        zombie.suspend()
+        job.kill_driver()
+        with running(corpus, out, env={"DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as heir:
+            heir.end()
+        done = commits(out)
+        zombie.resume()
+        job.wait_until_gone()
+    assert commits(out) == done
+    assert_kept(out, undisturbed)
+    fault_row("F24 a zombie wakes after its shard was done again", 1, 1)
+
+
+# Refusals
+
+
+def test_f16_a_driver_with_other_settings_is_refused_before_an_engine_starts(corpus, undisturbed) -> None:
+    done = command("generate", "--corpus", corpus, "--out", undisturbed, *SETTINGS, "--set", "sampling.seed=1")
+    assert done.returncode == 4
+    assert "sampling.seed: stored 0, given 1" in done.stderr
+
+
+def test_f19_a_machine_too_small_ends_the_run_at_once_with_the_reason(corpus, tmp_path) -> None:
+    done = command("generate", "--corpus", corpus, "--out", tmp_path / "out", *SETTINGS, "--set",
+                   "engine.tensor_parallel_size=2", "--set", "engine.distributed_executor_backend=ray")
+    assert done.returncode == 7, done.stderr
+    assert "1 x 2 GPUs are needed and this machine has 0: 2 are missing" in done.stderr.splitlines()[-1]
