@@ -91,7 +91,7 @@ def running(corpus: Path, out: Path, *args: object, **options: object) -> Iterat
 class Disturber:
     """Kills engines and drivers at random moments, over as many runs and datasets as it takes."""
 
-    def __init__(self, corpus: Path, folder: Path, shards: int, seed: int, workers: int = 2) -> None:
+    def __init__(self, corpus: Path, folder: Path, shards: int, seed: int, workers: int = 3) -> None:
         self._corpus, self._folder, self._shards, self._workers = corpus, folder, shards, workers
         self._luck = random.Random(seed)
         self.killed, self.outs, self.seconds = 0, [folder / "out-0"], 0.0
@@ -117,7 +117,7 @@ class Disturber:
     def _disturb(self, job: RunningJob, kills: int, kinds: tuple[str, ...]) -> float:
         last = time.monotonic()
         while self.killed < kills and job.alive:
-            time.sleep(self._luck.uniform(0, 5))
+            time.sleep(self._luck.uniform(0, 3))
             last, kind = time.monotonic(), self._luck.choice(kinds)
             victims = job.engines() if "worker" in kind else []
             if "worker" in kind and not victims:

@@ -50,12 +50,12 @@ def kill_at_random(corpus: Path, undisturbed: Path, folder: Path, kills: int, se
 
 
 def test_f18_workers_killed_at_random_moments_are_replaced(corpus, undisturbed, tmp_path, fault_row) -> None:
-    kill_at_random(corpus, undisturbed, tmp_path, 12, time.time_ns(), fault_row, "worker")
+    kill_at_random(corpus, undisturbed, tmp_path, 8, time.time_ns(), fault_row, "worker")
 
 
 def test_f19_f25_drivers_and_all_workers_killed_at_once_leave_a_run_that_continues(corpus, undisturbed, tmp_path,
                                                                                   fault_row) -> None:
-    kill_at_random(corpus, undisturbed, tmp_path, 8, time.time_ns(), fault_row, "driver", "workers", "worker+driver")
+    kill_at_random(corpus, undisturbed, tmp_path, 6, time.time_ns(), fault_row, "workers", "worker+driver")
 
 
 @pytest.mark.faults
