@@ -44,6 +44,7 @@ class ObjectRoot:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri.rstrip("/")
+        self._process = os.getpid()
         self._store = _opened(self._uri, retries=0)
         # Of an upload in parts the library tries each again, or a single refusal would cost all of them.
         self._steady = _opened(self._uri, _PART_RETRIES)
@@ -51,6 +52,10 @@ class ObjectRoot:
 
     def __str__(self) -> str:
         return self._uri
+
+    def __reduce__(self) -> tuple[type["ObjectRoot"], tuple[str]]:
+        # Connections, and what is in memory, stay in this process.
+        return ObjectRoot, (self._uri,)
 
     def read(self, name: str) -> bytes | None:
         """The whole of a small object, or None when there is none.
@@ -227,6 +232,11 @@ class ObjectRoot:
             return None
 
     def _asked(self, call: Callable[[], Answer], name: str) -> Answer:
+        if os.getpid() != self._process:
+            # The library would wait for ever for threads that a fork leaves behind.
+            raise UsageError(f"{self._uri} was opened before this process was forked, which its connections do not "
+                             'survive; start workers with "spawn" (DataLoader(multiprocessing_context="spawn"))')
+
         def checked() -> Answer:
             try:
                 return call()
