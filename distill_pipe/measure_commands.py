@@ -51,7 +51,7 @@ def plan(  # noqa: PLR0913 - the options above
     """Say what a run will cost: tokens, bytes, memory, and with --probe hours. Refuses what does not fit."""
     from distill_pipe.produce.forecast import forecast
 
-    described = described_job(locals())
+    described = described_job(locals(), needs_out=probe > 0)
     if probe:
         say(f"running {probe} prompts in a temporary folder; starting the engine")
     print_forecast(forecast(described, sample=sample, probe=probe, gpu_memory=gpu_memory), as_json)

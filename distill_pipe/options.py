@@ -73,7 +73,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="One setting o
                                                                   "sampling.max_tokens=64.")]
 
 
-def described_job(given: Mapping[str, Any]) -> "Job":
+def described_job(given: Mapping[str, Any], needs_out: bool = True) -> "Job":
     """The job that a command's parameters, by name, describe."""
     from distill_pipe.produce.job import load_job
 
@@ -82,7 +82,7 @@ def described_job(given: Mapping[str, Any]) -> "Job":
     options = {name: plain.get(name) for name in ("target", "corpus", "out", "responses", "limit", "workers", "gpus")}
     options |= {f"capture.{name}": plain[name] for name in ("top_k", "coverage", "top_k_max", "tail_samples",
                                                             "hidden_codec", "layers")}
-    return load_job(given["job"], given["set_"] or (), options)
+    return load_job(given["job"], given["set_"] or (), options, needs_out=needs_out)
 
 
 def layer_numbers(text: str | None) -> list[int] | None:

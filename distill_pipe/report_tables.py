@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distill_pipe.produce.gauge import Gauge
     from distill_pipe.produce.memory import Memory
     from distill_pipe.produce.probe import Probe
+    from distill_pipe.produce.throughput import Throughput
     from distill_pipe.store.finalize import Final
 
 
@@ -157,7 +158,7 @@ def print_forecast(found: "Forecast", as_json: bool) -> None:
         return
     console = Console()
     for part in (_pairs(_run_facts(found)), _column_table(found), _codec_table(found),
-                 _pairs(_memory_facts(found.memory), "each engine")):
+                 _pairs(_memory_facts(found.memory, found.layout), "each engine")):
         console.print(part, highlight=False, markup=False)
     for note in found.notes:
         console.print(f"- {note}", highlight=False, markup=False)
@@ -186,13 +187,21 @@ def _run_facts(found: "Forecast") -> dict[str, str]:
         "head and tail": f"{head}; {found.tail_samples} samples",
         "dataset": f"{_size(found.bytes)}: {found.bytes_per_token:,.0f} B per token, {found.bytes_per_row:,.0f} a row",
         "on disk": f"{_size(found.disk_bytes)} with plan and records; "
-                   f"{'in an object store' if found.free_bytes is None else _size(found.free_bytes) + ' free'}",
+                   f"{'not checked' if found.free_bytes is None else _size(found.free_bytes) + ' free'}",
     }
     if found.disk_bytes_longest > found.disk_bytes:
         facts["at the longest"] = f"{_size(found.disk_bytes_longest)} on disk, if every response reached max_tokens"
+    if found.throughput is not None:
+        facts |= _throughput_facts(found.throughput)
     if found.probe is not None:
         facts |= _probe_facts(found.probe)
-    return facts | {"fingerprint": found.fingerprint or "- (the engine is not installed)"}
+    return facts | {"fingerprint": found.fingerprint or "- (the engine or the target's files are not here)"}
+
+
+def _throughput_facts(speed: "Throughput") -> dict[str, str]:
+    return {"tokens per second": f"{speed.prefill_tokens_per_second:,.0f} read, {speed.decode_tokens_per_second:,.0f} "
+                                 "written, by each engine (estimated)",
+            "hours for the run": f"{speed.hours:,.2f} (estimated)"}
 
 
 def _probe_facts(probe: "Probe") -> dict[str, str]:
@@ -225,17 +234,21 @@ def _codec_table(found: "Forecast") -> Table:
     return table
 
 
-def _memory_facts(memory: "Memory") -> dict[str, str]:
+def _memory_facts(memory: "Memory", layout: str) -> dict[str, str]:
     device, room = memory.device, "not checked"
     if device.bytes is not None:
         room = f"{_gib(device.bytes)}, room for {memory.fitting_sequences or 0:,} sequences of mean length"
     batch, least = _gib(memory.kv_batch), _gib(memory.kv_least)
+    each = memory.devices_per_engine
     return {
-        "layout": f"{memory.engines} engine(s) of {memory.devices_per_engine} device(s), {memory.dtype}",
+        "layout": f"{layout}, {memory.dtype}",
         "weights": f"{_gib(memory.weights)}{' in ' + memory.quantization if memory.quantization else ''} "
                    f"(from {memory.weights_from})",
         "KV cache": f"{memory.kv_per_token:,} B per token; {batch} for a full batch, {least} for one longest sequence",
-        "capture": f"{_gib(memory.capture)} on the device, {_gib(memory.host)} on the host",
+        "capture": f"{_gib(memory.logits)} of logits and {_gib(memory.states)} of states on each device, "
+                   f"{_gib(memory.host)} on the host",
+        "on each device": f"{_gib(memory.weights / each)} of weights, {_gib(memory.kv_batch / each)} of cache, "
+                          f"{_gib(memory.capture)} to capture",
         "device": f"{room} ({device.source})",
     }
 

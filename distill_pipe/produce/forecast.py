@@ -13,13 +13,21 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distill_pipe.errors import EngineError, UsageError
+from distill_pipe.produce.characters import BYTES_PER_TOKEN, CharacterRenderer
+from distill_pipe.produce.chat import Renderer
 from distill_pipe.produce.corpus import read_prompts
 from distill_pipe.produce.generate import not_ours, prepare
+from distill_pipe.produce.gpus import parse_gpus
 from distill_pipe.produce.job import Job
+from distill_pipe.produce.layouts import describe
 from distill_pipe.produce.memory import Load, Memory, find_device, plan_memory
+from distill_pipe.produce.model_config import count_parameters
+from distill_pipe.produce.preset import Layout
 from distill_pipe.produce.probe import Probe, run_probe
 from distill_pipe.produce.rates import MARGIN, CodecBytes, Rate, cost_of, require_room, usual_rates
 from distill_pipe.produce.sample import Sample, Totals, evenly, read_sample
+from distill_pipe.produce.targets import NO_HASH, Target, planned_target
+from distill_pipe.produce.throughput import Throughput, Work, estimate
 from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.manifest import read_run, require_same_run
@@ -66,6 +74,8 @@ class Forecast(Struct, frozen=True, kw_only=True):
     disk_bytes_longest: int
     free_bytes: int | None
     memory: Memory
+    layout: str
+    throughput: Throughput | None
     probe: Probe | None
     notes: tuple[str, ...]
 
@@ -77,13 +87,14 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
         UsageError: the job is wrong, or the target does not fit its device.
         StorageFullError: the dataset does not fit the disk.
     """
-    target, spec = prepare(job, _engine)
-    root = open_root(job.out)
-    left = _shards_left(root, spec)
-    read = read_sample(job, spec, target.folder, evenly(spec.corpus.prompts, sample))
-    response, source = _assumed_response(job)
+    target, spec = prepare(job, _engine, planned_target)
+    root = open_root(job.out) if job.out else None
+    left = spec.num_shards if root is None else _shards_left(root, spec)
+    renderer = CharacterRenderer() if target.files is None else Renderer(target.files)
+    read = read_sample(job, spec, renderer, evenly(spec.corpus.prompts, sample))
+    response, source = _assumed_response(job, target)
     totals, engines = read.totals(spec, response), min(job.workers, spec.num_shards)
-    device, probed, rates = find_device(gpu_memory, job.address), None, usual_rates(spec, read, totals)
+    device, probed, rates = find_device(gpu_memory, job.address, job.gpus), None, usual_rates(spec, read, totals)
     # Before a probe too: a target that cannot fit should not be loaded to find out.
     memory = plan_memory(target, spec, _load(job, totals), engines, device, job.engine)
     if probe:
@@ -95,15 +106,17 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
             totals = read.totals(spec, response)
             memory = plan_memory(target, spec, _load(job, totals), engines, device, job.engine)
         probed = replace(probed, hours=totals.token / probed.tokens_per_second / engines / 3600)
+    speed = _throughput(job, target, memory, totals)
     cost = cost_of(rates, totals, spec, _plan_bytes(read, spec))
     longest = cost_of(rates, read.totals(spec, job.sampling.max_tokens), spec, cost.plan)
-    free, tight = root.free_bytes(), False
+    free, tight = None if root is None else root.free_bytes(), False
     if free is not None:
         require_room(cost, spec, left / spec.num_shards, free, job.out)
         tight = longest.disk * left / spec.num_shards > free / MARGIN
     share = spec.corpus.prompts / len(read.prompts)
+    known = target.files is not None and spec.engine.name != _NO_ENGINE
     return Forecast(
-        target=spec.target.name, fingerprint=None if spec.engine.name == _NO_ENGINE else spec.fingerprint,
+        target=spec.target.name, fingerprint=spec.fingerprint if known else None,
         prompts=spec.corpus.prompts, prompts_measured=len(read.prompts),
         prompts_too_long=round(read.faults["too_long"] * share), prompts_refused=round(read.faults["refused"] * share),
         shards=spec.num_shards, shards_left=left, responses=spec.responses,
@@ -113,17 +126,43 @@ def forecast(job: Job, *, sample: int = SAMPLE, probe: int = 0, gpu_memory: floa
         hidden_layers=cost.layers, footer_bytes=cost.footers, plan_bytes=cost.plan, record_bytes=cost.records,
         codecs=cost.codecs, bytes=cost.data, bytes_per_token=cost.data / totals.token,
         bytes_per_row=cost.data / totals.row, disk_bytes=cost.disk, disk_bytes_longest=longest.disk, free_bytes=free,
-        memory=memory, probe=probed,
-        notes=_notes(job, read, memory, probed, tight))
+        memory=memory, layout=_layout(job, engines), throughput=None if probed else speed, probe=probed,
+        notes=_notes(job, target, read, memory, probed, speed, tight))
 
 
-def _notes(job: Job, read: Sample, memory: Memory, probed: Probe | None, longest_is_too_much: bool) -> tuple[str, ...]:
+def _layout(job: Job, engines: int) -> str:
+    """In words, with the GPUs that stay idle."""
+    options = job.engine
+    layout = describe(Layout(tp=options.tensor_parallel_size, pp=options.pipeline_parallel_size,
+                             ep=options.enable_expert_parallel))
+    text = f"{engines} x ({layout})"
+    if job.gpus is None:
+        return text
+    idle = parse_gpus(job.gpus).count - engines * options.devices
+    return f"{text} on {job.gpus}" + (f"; {idle} stay idle" if idle else "")
+
+
+def _throughput(job: Job, target: Target, memory: Memory, totals: Totals) -> Throughput | None:
+    """Hours by arithmetic, where it is said what the engines run on."""
+    if job.gpus is None:
+        return None
+    work = Work(totals, job.responses, job.engine.max_num_seqs)
+    return estimate(work, memory, count_parameters(target.config).active, parse_gpus(job.gpus).gpu)
+
+
+def _notes(job: Job, target: Target, read: Sample, memory: Memory, probed: Probe | None,
+           speed: Throughput | None, longest_is_too_much: bool) -> tuple[str, ...]:
     """What the figures rest on, and what may go wrong although nothing is refused."""
     notes = list(memory.assumptions)
+    if target.files is None:
+        notes.append(f"the files of {target.model} cannot be had here: facts are the preset's, and tokens are "
+                     f"estimated at {BYTES_PER_TOKEN} bytes of text each, good to about a quarter")
     if probed is None:
         notes.append("bytes are by rates measured on SmolLM2-135M; --probe 32 measures this target")
+        notes += [speed.assumption] if speed else []
         if job.responses == "target":
-            notes.append(f"responses are assumed to have {_assumed_response(job)[0]:,.0f} tokens, half of max_tokens")
+            length, source = _assumed_response(job, target)
+            notes.append(f"responses are assumed to have {length:,.0f} tokens, {source}")
     elif probed.prompts < job.engine.max_num_seqs:
         notes.append(f"{probed.prompts} prompts do not fill a batch of {job.engine.max_num_seqs}: hours are an upper "
                      "bound")
@@ -153,16 +192,19 @@ def _shards_left(root: Root, spec: RunSpec) -> int:
         if not root.is_unused():
             raise UsageError(not_ours(root))
         return spec.num_shards
+    if spec.target.tokenizer_sha256 == NO_HASH:
+        spec = replace(spec, target=stored.spec.target)
     if spec.engine.name == _NO_ENGINE:
         spec = replace(spec, engine=replace(stored.spec.engine, max_model_len=spec.engine.max_model_len))
     require_same_run(root, stored, spec)
     return spec.num_shards - len(committed_shards(root))
 
 
-def _assumed_response(job: Job) -> tuple[float, str]:
+def _assumed_response(job: Job, target: Target) -> tuple[float, str]:
     if job.responses == "corpus":
         return 0, "the corpus"
-    return max(job.sampling.max_tokens / 2, 1), "half of max_tokens"
+    half, guess = max(job.sampling.max_tokens / 2, 1), target.response_tokens
+    return (half, "half of max_tokens") if guess is None or half < guess else (guess, "the preset's guess")
 
 
 def _load(job: Job, totals: Totals) -> Load:

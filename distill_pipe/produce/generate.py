@@ -43,15 +43,16 @@ from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, RunSpec
 FAILED = ("engine", "not_finite")
 
 
-def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec) -> tuple[Target, RunSpec]:
+def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec,
+            find: Callable[[str, str | None, str | None], Target] = resolve_target) -> tuple[Target, RunSpec]:
     """Check a job against its target and corpus; writes nothing. `engine_spec` says which engine a context length is
-    for.
+    for, `find` where the target's facts are from.
 
     Raises:
         UsageError: naming what to change.
     """
     files = corpus_files(job.corpus_files)
-    target = resolve_target(job.target, job.revision, job.dtype)
+    target = find(job.target, job.revision, job.dtype)
     choice, depth = job.capture.layers, target.spec.num_layers
     layers = target.default_layers if choice is None else resolve_layers(choice, depth)
     capture = job.capture.spec(layers)

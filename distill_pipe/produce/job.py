@@ -85,8 +85,10 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return (Path(self.corpus),) if isinstance(self.corpus, str) else tuple(map(Path, self.corpus))
 
 
-def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, object]) -> Job:
-    """The job from a file, then `a.b=c` settings, then options (dotted names; None means not given).
+def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, object], *,
+             needs_out: bool = True) -> Job:
+    """The job from a file, then `a.b=c` settings, then options (dotted names; None means not given). A plan may leave
+    `out` empty.
 
     Raises:
         UsageError: the file cannot be read, or a value or field is not what a job has.
@@ -100,6 +102,8 @@ def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, o
     for name, value in options.items():
         if value is not None:
             _put(plain, name, value)
+    if not needs_out:
+        plain.setdefault("out", "")
     missing = [f"--{name}" for name in ("target", "corpus", "out") if plain.get(name) in (None, (), [])]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)} (or the same fields in a job file)")

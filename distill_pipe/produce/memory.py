@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.engine import EngineOptions
+from distill_pipe.produce.gpus import parse_gpus
 from distill_pipe.produce.head import CHUNK_ROWS
 from distill_pipe.produce.model_config import ModelConfig, count_parameters
 from distill_pipe.produce.schedule import shards_in_flight
@@ -42,13 +43,14 @@ class Device(Struct, frozen=True, kw_only=True):
 
     kind: str
     bytes: int | None = None
-    source: str = "no device is visible; give --gpu-memory to check the layout"
+    source: str = "no device is visible; give --gpus or --gpu-memory to check the layout"
 
 
 class Memory(Struct, frozen=True, kw_only=True):
     """What one engine holds, in bytes, over all its devices; the cache counts as often as devices repeat it. `kv_batch`
     is for as many sequences of mean length as run at once, `kv_least` for one of the largest; `fitting_sequences` is
-    how many of mean length fit, where the device is known. `capture` is on one device."""
+    how many of mean length fit, where the device is known. `logits` and `states` are what capture takes of one
+    device."""
 
     engines: int
     devices_per_engine: int
@@ -59,11 +61,17 @@ class Memory(Struct, frozen=True, kw_only=True):
     kv_per_token: int
     kv_batch: int
     kv_least: int
-    capture: int
+    logits: int
+    states: int
     host: int
     device: Device
     fitting_sequences: int | None
     assumptions: tuple[str, ...]
+
+    @property
+    def capture(self) -> int:
+        """What capture takes of one device."""
+        return self.logits + self.states
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +83,15 @@ class Load:
     sequences: int
 
 
-def find_device(gpu_memory: float | None, address: str | None) -> Device:
-    """The device that engines will run on, as far as this machine can tell: `--gpu-memory` (GiB), a CUDA device here,
-    or this machine's memory when the CPU engine is installed. With a cluster's address only the first counts."""
+def find_device(gpu_memory: float | None, address: str | None, gpus: str | None = None) -> Device:
+    """The device that engines will run on, as far as this machine can tell: `--gpu-memory` (GiB), `--gpus`, a CUDA
+    device here, or this machine's memory when the CPU engine is installed. With a cluster's address only the first two
+    count."""
     if gpu_memory is not None:
         return Device(kind="gpu", bytes=int(gpu_memory * GIB), source="--gpu-memory")
+    if gpus is not None:
+        gpu = parse_gpus(gpus).gpu
+        return Device(kind="gpu", bytes=gpu.bytes, source=gpu.name)
     if address is not None:
         return Device(kind="unknown")
     visible = _cuda_bytes()
@@ -104,12 +116,11 @@ def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device:
     weights, weights_from = _weights(target, config, spec.target.dtype)
     per_token = spec.target.num_layers * config.cache_elements * width * _kv_copies(config, options)
     memory = Memory(
-        engines=engines, devices_per_engine=options.devices, dtype=spec.target.dtype,
-        quantization=target.quantization, weights=weights,
-        weights_from=weights_from, kv_per_token=per_token,
+        engines=engines, devices_per_engine=options.devices, dtype=spec.target.dtype, quantization=target.quantization,
+        weights=weights, weights_from=weights_from, kv_per_token=per_token,
         kv_batch=round(per_token * load.tokens * load.sequences), kv_least=per_token * spec.engine.max_model_len,
-        capture=_capture(spec, width, device.kind, options), host=_host(spec, load, options), device=device,
-        fitting_sequences=None, assumptions=_assumptions(device.kind, options))
+        logits=_logits(spec, width, options), states=_states(spec, width, device.kind),
+        host=_host(spec, load, options), device=device, fitting_sequences=None, assumptions=_assumptions(device.kind, options))
     if device.bytes is None:
         return memory
     room = _kv_room(memory, device.bytes)
@@ -150,15 +161,18 @@ def _assumptions(kind: str, options: EngineOptions) -> tuple[str, ...]:
     return (layout, share, "every layer attends to all tokens (sliding windows need less)")
 
 
-def _capture(spec: RunSpec, width: int, kind: str, options: EngineOptions) -> int:
-    """Copies of a chunk of logits of one part of the vocabulary, of float32 logits that are sampled from, and the
-    hidden states of the largest step, as delivered, as picked, and coded."""
+def _logits(spec: RunSpec, width: int, options: EngineOptions) -> int:
+    """Copies of a chunk of logits of one part of the vocabulary, and of float32 logits that are sampled from."""
     chunk = CHUNK_ROWS * -(-spec.target.vocab_size // options.tensor_parallel_size) * (4 * _FLOAT32_COPIES + width)
-    if width == _WIDTH["float32"]:
-        chunk += options.max_num_seqs * spec.target.vocab_size * width
+    sampled = options.max_num_seqs * spec.target.vocab_size * width if width == _WIDTH["float32"] else 0
+    return chunk + sampled
+
+
+def _states(spec: RunSpec, width: int, kind: str) -> int:
+    """The hidden states of the largest step, as delivered, as picked, and coded."""
     tokens = max(CPU_BATCH_TOKENS, spec.engine.max_model_len) if kind == "cpu" else GPU_BATCH_TOKENS
     element = 2 * width + bytes_per_element(spec.capture.hidden_codec)
-    return chunk + tokens * len(spec.capture.layers) * spec.target.hidden_size * element
+    return round(tokens * len(spec.capture.layers) * spec.target.hidden_size * element)
 
 
 def _host(spec: RunSpec, load: Load, options: EngineOptions) -> int:

@@ -62,8 +62,8 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class Preset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One file of `targets/`. `layers` are the default (EAGLE-3's) and `mtp_layers` what a multi-token prediction head
-    trains on, both as `--layers` takes them. `reasoning` is how the target marks its thoughts. `sampling` and `engine`
-    go under what the job says."""
+    trains on, both as `--layers` takes them. `reasoning` is how the target marks its thoughts, `response_tokens` a
+    guess at how much it says to a chat prompt, for plans. `sampling` and `engine` go under what the job says."""
 
     model: str
     revision: str | None = None
@@ -77,6 +77,7 @@ class Preset(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chat_template: str | None = None
     reasoning: Literal["think", "harmony"] | None = None
     sampling: Plain = msgspec.field(default_factory=dict)
+    response_tokens: Annotated[int, Meta(ge=1)] | None = None
     engine: Plain = msgspec.field(default_factory=dict)
     layouts: dict[str, Layout] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()

@@ -9,13 +9,13 @@ Shapes: P prompts of the sample.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill_pipe.errors import UsageError
+from distill_pipe.produce.characters import CharacterRenderer
 from distill_pipe.produce.chat import Renderer, TemplateError, TooLongError
 from distill_pipe.produce.corpus import read_prompts
 from distill_pipe.produce.job import Job
@@ -82,10 +82,10 @@ def evenly(total: int, wanted: int) -> list[int]:
     return [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
 
 
-def read_sample(job: Job, spec: RunSpec, folder: Path, ordinals: Sequence[int]) -> Sample:
+def read_sample(job: Job, spec: RunSpec, renderer: Renderer | CharacterRenderer, ordinals: Sequence[int]) -> Sample:
     """Render some prompts of the corpus as a worker would."""
     wanted, prompts = set(ordinals), read_prompts(job.corpus_files, job.responses, job.limit)
-    sample, renderer = Sample([p for p in prompts if p.ordinal in wanted]), Renderer(folder)
+    sample = Sample([p for p in prompts if p.ordinal in wanted])
     before: list[int] = []
     for prompt in sample.prompts:
         try:

