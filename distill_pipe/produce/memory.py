@@ -120,7 +120,8 @@ def plan_memory(target: Target, spec: RunSpec, load: Load, engines: int, device:
         weights=weights, weights_from=weights_from, kv_per_token=per_token,
         kv_batch=round(per_token * load.tokens * load.sequences), kv_least=per_token * spec.engine.max_model_len,
         logits=_logits(spec, width, options), states=_states(spec, width, device.kind),
-        host=_host(spec, load, options), device=device, fitting_sequences=None, assumptions=_assumptions(device.kind, options))
+        host=_host(spec, load, options), device=device, fitting_sequences=None,
+        assumptions=_assumptions(device.kind, options))
     if device.bytes is None:
         return memory
     room = _kv_room(memory, device.bytes)
