@@ -12,7 +12,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from distill_pipe.errors import DamageError, DistillPipeError, UsageError
+from distill_pipe.errors import DistillPipeError, UsageError
 from distill_pipe.export_commands import export
 from distill_pipe.measure_commands import audit, bench_capture, plan
 from distill_pipe.options import (
@@ -47,7 +47,7 @@ from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import open_root
 from distill_pipe.store.status import status as read_status
-from distill_pipe.store.verify import verify as verify_dataset
+from distill_pipe.store_commands import doctor, gc, selftest, verify
 from distill_pipe.targets_commands import targets
 from distill_pipe.token_text import token_decoder
 
@@ -92,14 +92,7 @@ def status(root: Root, as_json: Json = False) -> None:
     print_facts(read_status(open_root(root)), as_json)
 
 
-@app.command()
-def verify(root: Root, as_json: Json = False) -> None:
-    """Read a whole dataset and check it: hashes, checksums, invariants, and every prompt exactly once."""
-    report = verify_dataset(open_root(root))
-    print_facts(report, as_json)
-    if not report.clean:
-        raise DamageError(f"{root}: {len(report.problems)} problems, {report.missing_prompts} prompts missing, "
-                          f"{report.doubled_prompts} doubled")
+app.command()(verify)
 
 
 @app.command()
@@ -160,6 +153,9 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
 
 
 app.command()(report)
+app.command()(gc)
+app.command()(selftest)
+app.command()(doctor)
 app.command()(audit)
 app.command()(export)
 app.command("bench-capture")(bench_capture)

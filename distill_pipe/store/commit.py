@@ -116,11 +116,16 @@ def shard_fragment(root: Root, run: Run, shard: int) -> Fragment:
         return fragment
     with root.fetched(shard_name(shard)) as path:
         info = read_shard_info(path)
-        first, stop = shard_range(run, shard)
-        if (info.fingerprint, info.shard, info.first_ordinal, info.num_prompts) != (run.fingerprint, shard, first,
-                                                                                   stop - first):
-            raise MismatchError(f"{path} belongs to another run or another shard; it was left untouched")
+        require_place(path, info, run, shard)
         return Fragment(file=_file_ref(path, shard_name(shard)), info=info)
+
+
+def require_place(path: Path, info: ShardInfo, run: Run, shard: int) -> None:
+    """Raises MismatchError unless the record in a main shard is that of its name, in this run."""
+    first, stop = shard_range(run, shard)
+    if (info.fingerprint, info.shard, info.first_ordinal, info.num_prompts) != (run.fingerprint, shard, first,
+                                                                               stop - first):
+        raise MismatchError(f"{path} belongs to another run or another shard; it was left untouched")
 
 
 def restore_fragments(root: Root, run: Run, shards: Iterable[int]) -> int:

@@ -6,13 +6,13 @@
     _SUCCESS                     the fingerprint; written last
 
 All of it is derived: readers of the data need none of these files, and running again writes the same bytes. Shards are
-added up one by one, so memory holds the vocabulary and one manifest row per shard. The trade-off: a token table that is
-missing or cannot be true is made again from its main shard, which is a full read of it.
+added up one by one while the next are read, so memory holds the vocabulary and one manifest row per shard. The
+trade-off: a token table that is missing or cannot be true is made again from its main shard, a full read of it.
 
 Shapes: S shards, V vocabulary.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,13 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
 
-from distill_pipe.errors import CaptureError, DamageError
+from distill_pipe.errors import CaptureError, DamageError, MismatchError
+from distill_pipe.store.ahead import ahead
 from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.manifest import (
     FileRef,
     Fragment,
     HiddenError,
     Run,
+    decode_record,
     encode_record,
     fragment_name,
     require_run,
@@ -101,6 +103,16 @@ class Final(Struct, frozen=True, kw_only=True):
     statistics: DatasetStatistics
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the shards add up to: token table, manifest and record. `recounted` as in `Final`."""
+
+    tokens: pa.Table
+    manifest: pa.Table
+    statistics: DatasetStatistics
+    recounted: int
+
+
 def finalize(root: Root) -> Final:
     """Sum up a complete dataset and write the summary.
 
@@ -113,45 +125,83 @@ def finalize(root: Root) -> Final:
     if missing:
         raise DamageError(f"{root} is not complete: {len(missing)} of {num_shards(run)} shards are missing; run "
                           "generate again to make them")
-    summary = _Summary(root, run)
-    tokens = merge_token_tables(summary.add_shards(), run.spec.target.vocab_size)
-    manifest, success = pa.Table.from_pylist(summary.manifest, MANIFEST_SCHEMA), Success(fingerprint=run.fingerprint)
-    statistics = summary.statistics(manifest, tokens)
+    summary = summarize(root, run)
+    success = Success(fingerprint=run.fingerprint)
     key = {METADATA_KEY: msgspec.json.encode(success, order="deterministic")}
     with root.scratch() as folder:
-        write_token_table(folder / "tokens", tokens.replace_schema_metadata(key))
-        write_table(folder / "manifest", manifest.replace_schema_metadata(key))
-        (folder / "statistics").write_bytes(encode_record(statistics))
+        write_token_table(folder / "tokens", summary.tokens.replace_schema_metadata(key))
+        write_table(folder / "manifest", summary.manifest.replace_schema_metadata(key))
+        (folder / "statistics").write_bytes(encode_record(summary.statistics))
         (folder / "success").write_bytes(encode_record(success))
         files = [_publish(root, folder / part, name) for part, name in (
             ("tokens", TOKENS), ("manifest", MANIFEST), ("statistics", STATISTICS), ("success", SUCCESS))]
-    return Final(root=str(root), files=tuple(files), recounted=summary.recounted, statistics=statistics)
+    return Final(root=str(root), files=tuple(files), recounted=summary.recounted, statistics=summary.statistics)
 
 
-class _Summary:
+def summarize(root: Root, run: Run) -> Summary:
+    """What a complete dataset adds up to. Raises as `finalize`."""
+    sums = _Sums(run)
+    shards = ahead(lambda shard: _counted_shard(root, run, shard), range(num_shards(run)))
+    tokens = merge_token_tables((sums.add(*shard) for shard in shards), run.spec.target.vocab_size)
+    manifest = pa.Table.from_pylist(sums.manifest, MANIFEST_SCHEMA)
+    return Summary(tokens, manifest, sums.statistics(manifest, tokens), sums.recounted)
+
+
+def stale_summary(root: Root, run: Run, summary: Summary) -> list[str]:
+    """The files of the summary that are missing, or are not what the shards add up to."""
+    shards = summary.manifest.num_rows
+    limits = dict.fromkeys(MANIFEST_SCHEMA.names, Limit(shards, shards * 128))
+    vocabulary = dict.fromkeys(TOKEN_SCHEMA.names, Limit(run.spec.target.vocab_size))
+
+    def is_current(name: str) -> bool:
+        if name == STATISTICS:
+            return decode_record(root.read(name) or b"", DatasetStatistics, name) == summary.statistics
+        if name == SUCCESS:
+            return decode_record(root.read(name) or b"", Success, name).fingerprint == run.fingerprint
+        with root.fetched(name) as path:
+            if name == TOKENS:
+                return bool(read_table(path, TOKEN_SCHEMA, vocabulary).equals(summary.tokens))
+            return bool(read_table(path, MANIFEST_SCHEMA, limits, MANIFEST_SCHEMA.names).equals(summary.manifest))
+
+    stale = []
+    for name in (TOKENS, MANIFEST, STATISTICS, SUCCESS):
+        try:
+            current = is_current(name)
+        except (DamageError, MismatchError):
+            current = False
+        if not current:
+            stale.append(name)
+    return stale
+
+
+def _counted_shard(root: Root, run: Run, shard: int) -> tuple[Fragment, pa.Table, bool]:
+    """A shard's record and tokens, and whether these had to be counted again."""
+    fragment = shard_fragment(root, run, shard)
+    table = stored_tokens(root, run, fragment)
+    if table is not None:
+        return fragment, table, False
+    return fragment, counted_tokens(root, run, fragment), True
+
+
+class _Sums:
     """What is kept of the shards, added one at a time."""
 
-    def __init__(self, root: Root, run: Run) -> None:
-        self._root, self._run = root, run
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._statistics = ShardStatistics()
         self._hidden: dict[int, HiddenError] = {}
         self.manifest: list[dict[str, object]] = []
         self.recounted = 0
 
-    def add_shards(self) -> Iterator[pa.Table]:
-        """Add every shard and hand on its token table."""
-        for shard in range(num_shards(self._run)):
-            fragment = shard_fragment(self._root, self._run, shard)
-            measured = fragment.info.measured
-            self.manifest.append(_manifest_row(fragment))
-            self._statistics = merge((self._statistics, measured.statistics))
-            for error in measured.hidden:
-                self._hidden[error.layer] = _merged(self._hidden.get(error.layer), error)
-            table = stored_tokens(self._root, self._run, fragment)
-            if table is None:
-                table = _counted_tokens(self._root, self._run, fragment)
-                self.recounted += 1
-            yield table
+    def add(self, fragment: Fragment, table: pa.Table, counted: bool) -> pa.Table:
+        """Add a shard and hand its token table on."""
+        measured = fragment.info.measured
+        self.manifest.append(_manifest_row(fragment))
+        self._statistics = merge((self._statistics, measured.statistics))
+        for error in measured.hidden:
+            self._hidden[error.layer] = _merged(self._hidden.get(error.layer), error)
+        self.recounted += counted
+        return table
 
     def statistics(self, manifest: pa.Table, tokens: pa.Table) -> DatasetStatistics:
         """The record over everything that was added, of which these are the tables."""
@@ -207,7 +257,12 @@ def stored_tokens(root: Root, run: Run, fragment: Fragment) -> pa.Table | None:
     return table if plausible else None
 
 
-def _counted_tokens(root: Root, run: Run, fragment: Fragment) -> pa.Table:
+def counted_tokens(root: Root, run: Run, fragment: Fragment) -> pa.Table:
+    """The token table of a shard, made again from it.
+
+    Raises:
+        DamageError: the shard cannot be read.
+    """
     try:
         with root.fetched(fragment.file.name, fragment.file.size) as path:
             traces = list(traces_from_table(read_main(path, fragment.info, run.spec.capture)))

@@ -153,6 +153,17 @@ def decode_layers(blobs: Mapping[int, HiddenBlob], codec: HiddenCodec, hidden_si
     return {layer: decode_hidden(blob, codec, hidden_size, dtype=torch.float32) for layer, blob in blobs.items()}
 
 
+def require_finite(blobs: Mapping[int, HiddenBlob], codec: HiddenCodec, hidden_size: int) -> None:
+    """Decode all layers of a stored trace.
+
+    Raises:
+        DamageError: a blob cannot be decoded, or a state is NaN or infinite.
+    """
+    for layer, hidden_TH in decode_layers(blobs, codec, hidden_size).items():
+        if not hidden_TH.isfinite().all():
+            raise DamageError(f"a state of layer {layer} is not finite")
+
+
 def as_tensor(hidden_TH: NDArray[np.float32] | NDArray[np.uint16]) -> Tensor:
     """A trace's raw states as a tensor: float32, or bfloat16 where they are bits."""
     if hidden_TH.dtype == np.uint16:

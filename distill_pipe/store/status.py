@@ -7,18 +7,16 @@ then; `shards_counted` says so. How many shards are done never is one.
 Shapes: S shards that were counted.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 from msgspec import Struct
 
+from distill_pipe.store.ahead import ahead
 from distill_pipe.store.commit import DATA, shard_of
 from distill_pipe.store.manifest import Fragment, read_fragment, require_run
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import Root
 
 COUNTED = 512
-READERS = 16
 
 
 class Status(Struct, frozen=True, kw_only=True):
@@ -77,6 +75,5 @@ def status(root: Root) -> Status:
 def _some_fragments(root: Root, shards: list[int]) -> list[Fragment]:
     """The fragments of at most `COUNTED` shards at equal distances; those that cannot be read are left out."""
     picked_S = np.linspace(0, len(shards) - 1, min(COUNTED, len(shards)), dtype=np.int64)
-    with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda i: read_fragment(root, shards[i]), picked_S)
-        return [fragment for fragment in found if fragment is not None]
+    found = ahead(lambda i: read_fragment(root, shards[i]), picked_S)
+    return [fragment for fragment in found if fragment is not None]
