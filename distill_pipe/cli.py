@@ -16,7 +16,6 @@ from distill_pipe.errors import DistillPipeError, UsageError
 from distill_pipe.export_commands import export
 from distill_pipe.measure_commands import audit, bench_capture, plan
 from distill_pipe.options import (
-    Arch,
     Codec,
     Corpus,
     Coverage,
@@ -25,13 +24,11 @@ from distill_pipe.options import (
     Json,
     Layers,
     Limit,
-    Losses,
     Out,
     Root,
     Settings,
     TailSamples,
     Target,
-    TargetFolder,
     TopK,
     TopKMax,
     Workers,
@@ -43,16 +40,15 @@ from distill_pipe.report_commands import report
 from distill_pipe.report_tables import print_facts, print_forecast, print_statistics, print_trace, say, visible
 from distill_pipe.stopping import StopRequest
 from distill_pipe.store.inspect import inspect_trace
-from distill_pipe.store.manifest import require_run
 from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import open_root
 from distill_pipe.store.status import status as read_status
 from distill_pipe.store_commands import doctor, gc, selftest, verify
 from distill_pipe.targets_commands import targets
 from distill_pipe.token_text import token_decoder
+from distill_pipe.train_commands import bench_draft, evaluate, train
 
 if TYPE_CHECKING:
-    from distill_pipe.consume.train import Step
     from distill_pipe.produce.job import Job
     from distill_pipe.store.manifest import Run
 
@@ -121,41 +117,13 @@ def inspect(
     print_trace(rows, lambda token: visible(decode(token)), trace)
 
 
-@app.command()
-def train(  # noqa: PLR0913 - one option per setting of a small reference trainer
-    root: Root,
-    arch: Annotated[Arch, typer.Option(help="The draft's architecture.")] = Arch.eagle3,
-    loss: Annotated[Losses, typer.Option(help="The objective.")] = Losses.lk_hybrid,
-    target: TargetFolder = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training split.")] = 2,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Order of batches and initial weights.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where to save the draft.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Train a small reference draft from the shards, and print its held-out acceptance rate before and after."""
-    from distill_pipe.consume.train import TrainSettings
-    from distill_pipe.consume.train import train as run_training
-    from distill_pipe.produce.targets import resolve_target
-
-    settings = msgspec.convert({"arch": arch.value, "loss": loss.value, "epochs": epochs, "lr": lr, "seed": seed},
-                               TrainSettings)
-    folder = resolve_target(target or require_run(open_root(root)).spec.target.name).folder
-    result = run_training(str(root), folder, settings, out=out, on_step=_TrainLines())
-    if as_json:
-        print_facts(result, as_json)
-        return
-    for when, held_out in (("before", result.before), ("after", result.after)):
-        sys.stdout.write(f"held-out alpha {when}: {held_out.alpha:.4f} (certified between {held_out.lower:.4f} and "
-                         f"{held_out.upper:.4f}, {held_out.rows} rows)\n")
-    say(f"{result.steps} steps over {result.rows} rows in {result.seconds:.0f} s, loss {result.loss_first:.4f} -> "
-         f"{result.loss_last:.4f}")
-
-
 app.command()(report)
 app.command()(gc)
 app.command()(selftest)
 app.command()(doctor)
+app.command()(train)
+app.command()(evaluate)
+app.command("bench-draft")(bench_draft)
 app.command()(audit)
 app.command()(export)
 app.command("bench-capture")(bench_capture)
@@ -203,16 +171,6 @@ def _generate(job: "Job", as_json: bool, log_json: Path | None) -> None:
          f"call in {meter.seconds:,.0f} s")
 
 
-class _TrainLines:
-    """A line on stderr for every tenth of a training."""
-
-    def __init__(self) -> None:
-        self._printed = 0
-
-    def __call__(self, step: "Step") -> None:
-        if int(step.progress * 10) > self._printed:
-            self._printed = int(step.progress * 10)
-            say(f"{step.progress:4.0%}  step {step.step}  loss {step.loss:.4f}  training alpha {step.alpha:.4f}")
 
 
 if __name__ == "__main__":

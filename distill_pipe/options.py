@@ -37,13 +37,25 @@ class HiddenCodecs(StrEnum):
 
 class Losses(StrEnum):
     kl = "kl"
+    reverse_kl = "reverse-kl"
     tv = "tv"
     lk_alpha = "lk-alpha"
     lk_hybrid = "lk-hybrid"
+    expected_length = "expected-length"
+
+
+class TailRules(StrEnum):
+    sampled = "sampled"
+    drop = "drop"
+    bucket = "bucket"
+    exact = "exact"
 
 
 class Arch(StrEnum):
     eagle3 = "eagle3"
+    medusa = "medusa"
+    mlp_speculator = "mlp_speculator"
+    mtp = "mtp"
 
 
 class ReplayDtypes(StrEnum):

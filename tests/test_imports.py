@@ -52,7 +52,8 @@ def test_the_files_are_found() -> None:
 @pytest.mark.parametrize(("inside", "outside"), [
     ("store", "produce"), ("store", "consume"), ("store", "cli"), ("produce", "consume"), ("produce", "cli"),
     ("consume", "produce"), ("consume", "cli"), *((side, "report") for side in ("store", "produce", "consume")),
-    ("report", "produce"), ("report", "consume"), ("report", "cli")])
+    ("report", "produce"), ("report", "consume"), ("report", "cli"),
+    *((side, "speculative") for side in ("store", "produce", "consume", "report")), ("speculative", "cli")])
 def test_imports_point_from_produce_consume_and_report_to_the_store_and_nowhere_else(inside: str, outside: str) -> None:
     assert not {name for name in importers(f"distill_pipe.{outside}") if name.startswith(f"{inside}/")}
 
@@ -62,7 +63,7 @@ def test_errors_imports_nothing() -> None:
 
 
 @pytest.mark.parametrize(("module", "files"), [
-    ("vllm", {"produce/capture.py", "produce/seams.py", "produce/vllm_engine.py"}),
+    ("vllm", {"produce/capture.py", "produce/seams.py", "produce/vllm_engine.py", "speculative/vllm_decoding.py"}),
     ("ray", {"produce/cluster.py"})])
 def test_only_the_files_meant_to_import_an_engine_or_ray_do(module: str, files: set[str]) -> None:
     assert importers(module) == files

@@ -17,7 +17,7 @@ from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import RUN, FileRef, Run, encode_record
 from distill_pipe.store.plan import Message, PlannedPrompt, num_shards, shard_range, write_plan_part
 from distill_pipe.store.root import open_root, sha256_of
-from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, HiddenCodec, RunSpec, TargetSpec
+from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, HiddenCodec, RunSpec, SamplingSpec, TargetSpec
 from distill_pipe.store.trace import Trace
 
 
@@ -37,14 +37,15 @@ class Shape:
     final_norm_eps: float | None = None
 
 
-def start_run(root: Path | str, num_prompts: int, shape: Shape = Shape()) -> Run:
-    """Freeze a run and its plan below `root`, a folder or an address."""
+def start_run(root: Path | str, num_prompts: int, shape: Shape = Shape(), sampling: SamplingSpec | None = None) -> Run:
+    """Freeze a run and its plan below `root`, a folder or an address; with `sampling`, the target wrote the texts."""
     store = open_root(root)
     spec = RunSpec(
         target=TargetSpec(name="tiny", revision="sha256:" + "0" * 64, architecture="TinyForCausalLM", dtype="float32",
                           vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_layers=shape.num_layers,
                           final_norm_eps=shape.final_norm_eps, tokenizer_sha256="0" * 64),
-        corpus=CorpusSpec(files=(), prompts=num_prompts), responses="corpus", sampling=None,
+        corpus=CorpusSpec(files=(), prompts=num_prompts),
+        responses="corpus" if sampling is None else "target", sampling=sampling,
         capture=CaptureSpec(top_k=shape.top_k, tail_samples=shape.tail_samples, layers=shape.layers,
                             hidden_codec=shape.hidden_codec, logprob_bits=shape.logprob_bits),
         engine=EngineSpec(name="none", version="0", max_model_len=4096), prompts_per_shard=shape.prompts_per_shard)
@@ -88,7 +89,8 @@ def random_trace(ordinal: int, shape: Shape = Shape(), seed: int = 0) -> Trace:
 
 
 def trace_from_logits(ordinal: int, token_ids_T: NDArray[np.int32], loss_mask_T: NDArray[np.bool_],
-                      logits_TV: NDArray[np.float32], hidden: dict[int, NDArray[np.float32]], shape: Shape) -> Trace:
+                      logits_TV: NDArray[np.float32], hidden: dict[int, NDArray[np.float32]], shape: Shape,
+                      domain: str | None = None) -> Trace:
     """A trace whose row at position t is the distribution `logits_TV[t]`."""
     positions_R = np.flatnonzero(loss_mask_T[1:])
     logits_RV = torch.from_numpy(logits_TV)[positions_R]
@@ -97,7 +99,7 @@ def trace_from_logits(ordinal: int, token_ids_T: NDArray[np.int32], loss_mask_T:
     next_R1 = torch.from_numpy(token_ids_T.astype(np.int64))[positions_R + 1][:, None]
     head_RK, tail_RM = target.topk_ids_RK != PADDING, target.tail_ids_RM != PADDING
     return Trace(
-        ordinal=ordinal, prompt_id=f"prompt-{ordinal}", domain=None, finish_reason="given", token_ids_T=token_ids_T,
+        ordinal=ordinal, prompt_id=f"prompt-{ordinal}", domain=domain, finish_reason="given", token_ids_T=token_ids_T,
         loss_mask_T=loss_mask_T, logsumexp_R=logits_RV.logsumexp(1).numpy(), tail_mass_R=target.tail_mass_R.numpy(),
         next_logprob_R=logits_RV.log_softmax(1).gather(1, next_R1)[:, 0].numpy(),
         topk_counts_R=head_RK.sum(1).int().numpy(), topk_ids_N=target.topk_ids_RK[head_RK].int().numpy(),

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from distill_pipe.consume.drafts.eagle3 import read_weights
+from distill_pipe.consume.drafts.target_files import read_weights
 from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.record import Sample
 from distill_pipe.errors import UsageError
