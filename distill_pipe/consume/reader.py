@@ -7,6 +7,41 @@ back, with about one shard's bytes in memory.
 The list of shards is frozen when the reader is made, so a dataset that is still growing does not change under it. A
 missing or damaged file ends the iteration with its name, or is left out by all ranks alike where that is asked for;
 nothing is replaced. Nothing is written either.
+
+Plain PyTorch, with or without worker processes. What to save with a checkpoint is `batch.state_dict()` of the last
+batch that was trained on; it is the same on all ranks.
+
+    reader = ShardReader(root, layers=(2, 15, 27), dp_rank=rank, dp_world=world)
+    reader.load_state_dict(saved)                           # only to go on from a checkpoint
+    loader = DataLoader(reader, batch_size=None, num_workers=2)
+    for epoch in range(reader.epoch, epochs):
+        reader.set_epoch(epoch)
+        for batch in loader:
+            ...
+
+Hugging Face Trainer: the loader is not prepared by Accelerate, which would share out what each rank has to itself.
+
+    class PackedTrainer(Trainer):
+        def get_train_dataloader(self):
+            loader = DataLoader(self.train_dataset, batch_size=None, collate_fn=lambda batch: {"batch": batch})
+            loader.set_epoch = self.train_dataset.set_epoch
+            return loader
+
+    PackedTrainer(model, TrainingArguments(..., max_steps=epochs * reader.num_steps()), train_dataset=reader).train()
+
+Accelerate: `prepare` model and optimizer, and use the loader as above with `batch.to(accelerator.device)`.
+
+Lightning: a module whose `training_step` keeps `batch.state_dict()`, and a data module that saves and loads it:
+
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(self.reader, batch_size=None)
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.reader.load_state_dict(state)
 """
 
 import copy
@@ -94,10 +129,17 @@ class ShardReader(IterableDataset[Batch]):
         reader._go_to(epoch)
         return reader
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that iterating goes through."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch, for trainers that call this; also reaches the copies of persistent workers."""
-        self._epoch.fill_(epoch)
-        self._resumed, self._state = None, self._start_of(epoch)
+        """Go to the start of another epoch; also reaches the copies of persistent workers. In the epoch of a state that
+        was loaded the reader stays where it is."""
+        if epoch != self.epoch:
+            self._epoch.fill_(epoch)
+            self._resumed, self._state = None, self._start_of(epoch)
 
     def num_traces(self) -> int:
         """How many traces an epoch has, over all ranks; reads the record of each shard.
@@ -108,7 +150,7 @@ class ShardReader(IterableDataset[Batch]):
 
     def num_steps(self) -> int:
         """How many batches an epoch gives to each rank; looks every shard up."""
-        start = self._start_of(int(self._epoch))
+        start = self._start_of(self.epoch)
         return sum(1 for _ in self._order(start, set()).steps(start.cursor, self._rank, self._world, self._interleave))
 
     @property
@@ -140,7 +182,7 @@ class ShardReader(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch = int(self._epoch)
+        epoch = self.epoch
         # A copy in a persistent worker may hold a state of an epoch that is over.
         state = self._resumed if self._resumed and self._resumed.epoch == epoch else self._start_of(epoch)
         self._resumed = None
