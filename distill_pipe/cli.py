@@ -14,6 +14,7 @@ from rich.console import Console
 
 from distill_pipe.errors import DistillPipeError, UsageError
 from distill_pipe.export_commands import export
+from distill_pipe.hub_commands import pull, push
 from distill_pipe.measure_commands import audit, bench_capture, plan
 from distill_pipe.options import (
     Codec,
@@ -124,6 +125,8 @@ app.command()(doctor)
 app.command()(train)
 app.command()(evaluate)
 app.command("bench-draft")(bench_draft)
+app.command()(push)
+app.command()(pull)
 app.command()(audit)
 app.command()(export)
 app.command("bench-capture")(bench_capture)

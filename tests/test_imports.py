@@ -52,9 +52,10 @@ def test_the_files_are_found() -> None:
 @pytest.mark.parametrize(("inside", "outside"), [
     ("store", "produce"), ("store", "consume"), ("store", "cli"), ("produce", "consume"), ("produce", "cli"),
     ("consume", "produce"), ("consume", "cli"), *((side, "report") for side in ("store", "produce", "consume")),
-    ("report", "produce"), ("report", "consume"), ("report", "cli"),
-    *((side, "speculative") for side in ("store", "produce", "consume", "report")), ("speculative", "cli")])
-def test_imports_point_from_produce_consume_and_report_to_the_store_and_nowhere_else(inside: str, outside: str) -> None:
+    *((side, outside) for side in ("report", "hub") for outside in ("produce", "consume", "cli")),
+    *((side, "hub") for side in ("store", "produce", "consume", "report")),
+    *((side, "speculative") for side in ("store", "produce", "consume", "report", "hub")), ("speculative", "cli")])
+def test_imports_point_to_the_store_and_nowhere_else(inside: str, outside: str) -> None:
     assert not {name for name in importers(f"distill_pipe.{outside}") if name.startswith(f"{inside}/")}
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from distill_pipe.report.facts import Bar, ColumnBytes, Distribution, Reason, Report, Step, ViewedTrace
 from distill_pipe.report.viewed import viewed_trace
+from distill_pipe.store.ahead import ahead
 from distill_pipe.store.column_sizes import column_sizes
 from distill_pipe.store.commit import DATA, committed_shards, shard_fragment
 from distill_pipe.store.finalize import stored_tokens
@@ -52,7 +53,7 @@ def collect(root: Root, decode: Callable[[int], str], traces: int = 6) -> Report
         DamageError: a shard that is read cannot be.
     """
     run = require_run(root)
-    fragments = [shard_fragment(root, run, shard) for shard in sorted(committed_shards(root))]
+    fragments = list(ahead(lambda shard: shard_fragment(root, run, shard), sorted(committed_shards(root))))
     written = {entry.name: entry.modified for entry in root.entries(DATA)}
     infos = [f.info for f in fragments]
     rows = sum(i.rows for i in infos)

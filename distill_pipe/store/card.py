@@ -34,19 +34,25 @@ distill-pipe; everything but the hidden states is plain Parquet lists.
 """
 
 
+CARD = "README.md"
+
+
 def write_card(root: Root, run: Run) -> None:
     """Write the card unless there is one already."""
-    if root.size("README.md") is not None:
-        return
+    if root.size(CARD) is None:
+        root.create_bytes(card_text(run).encode(), CARD)
+
+
+def card_text(run: Run) -> str:
+    """What a run says about itself before it has a shard."""
     spec = run.spec
-    text = _CARD.format(
+    return _CARD.format(
         target=spec.target.name, architecture=spec.target.architecture, dtype=spec.target.dtype,
         revision=spec.target.revision, head=_head(spec.capture), tail_samples=spec.capture.tail_samples,
         layers=", ".join(map(str, spec.capture.layers)) or "(none)", codec=spec.capture.hidden_codec,
         prompts=spec.corpus.prompts, engine=spec.engine.name, engine_version=spec.engine.version,
         responses="written by the target" if spec.responses == "target" else "taken from the corpus",
         fingerprint=run.fingerprint)
-    root.create_bytes(text.encode(), "README.md")
 
 
 def _head(capture: CaptureSpec) -> str:
