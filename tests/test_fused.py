@@ -3,6 +3,8 @@
 Shapes: R rows, H hidden size, D draft vocabulary, V target vocabulary.
 """
 
+import weakref
+
 import pytest
 import torch
 from dense_losses import logits, sparse
@@ -83,6 +85,21 @@ def test_a_frozen_head_gets_no_gradient_and_no_product_for_it(monkeypatch: pytes
     loss.backward()
     assert states_RH.grad is not None
     assert products == []
+
+
+def test_no_more_than_one_chunk_of_logits_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    states_RH, weight_DH, bias_D = parts()
+    multiply, alive = fused._Head.logits, []
+
+    def logits_of(head: fused._Head, states_CH: Tensor) -> Tensor:
+        assert all(earlier() is None for earlier in alive)
+        logits_CD = multiply(head, states_CH)
+        alive.append(weakref.ref(logits_CD))
+        return logits_CD
+
+    monkeypatch.setattr(fused._Head, "logits", logits_of)
+    lk_hybrid_loss(FusedLogits(states_RH, weight_DH, bias_D, chunk_rows=4), sparse(logits(R, V, 4))).loss.backward()
+    assert len(alive) == 2 * 4
 
 
 def test_only_the_head_may_be_trained() -> None:

@@ -341,6 +341,8 @@ def test_wrong_shapes_rules_and_missing_samples_are_refused_with_a_reason() -> N
         kl_loss(draft_RV, target, tail="renormalised")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no tail samples"):
         tv_loss(draft_RV, sparse(target_RV, samples=0))
+    with pytest.raises(UsageError, match=r"target is on cpu .* \.to\(device\)"):
+        kl_loss(draft_RV.to("meta"), target, weights_R=torch.ones(6, device="meta"))
     with pytest.raises(UsageError, match="eta"):
         lk_hybrid_loss(draft_RV, target, eta=-1)
     with pytest.raises(UsageError, match="kl_share"):

@@ -167,6 +167,12 @@ def _require_fit(draft: DraftLogits, target: Target, how: Comparing, weights_R: 
                          "tail='exact', and nothing else is")
     if how.temperature <= 0:
         raise UsageError(f"temperature must be above 0, and is {how.temperature}")
+    held_by = {"target": target.tail_mass_R if isinstance(target, SparseTarget) else target.states_RH,
+               "weights": weights_R, "draft vocabulary": draft if vocabulary is None else vocabulary.t2d_V}
+    for name, tensor in held_by.items():
+        if tensor.device != draft.device:
+            raise UsageError(f"the {name} is on {tensor.device} and the draft on {draft.device}: bring them together "
+                             "with .to(device)")
     if isinstance(target, SparseTarget):
         _require_stored(target, how)
 

@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 # The log of no probability at all. Finite, so that a row without anything else is a large number and never inf - inf.
 LOG_NOTHING = -1e30
-# A piece of rows and its softmax share the second-level cache of a core; a GPU wants few and large kernels instead.
-_CPU_PIECE_BYTES, _DEVICE_PIECE_BYTES = 1 << 20, 1 << 28
+# On a CPU a piece and its softmax stay in the cache, with rows enough for several threads; a GPU wants large kernels.
+_CPU_PIECE_BYTES, _DEVICE_PIECE_BYTES = 1 << 22, 1 << 28
 
 
 @dataclass(frozen=True, slots=True, eq=False)
