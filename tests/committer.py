@@ -16,12 +16,12 @@ from distill_pipe.errors import DistillPipeError
 from distill_pipe.store.commit import adopt_shard, commit_shard, committed_shards
 from distill_pipe.store.manifest import Run, require_run, shard_name
 from distill_pipe.store.plan import num_shards
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import LocalRoot, Root, open_root
 from distill_pipe.store.shard import read_main, traces_from_table
 from distill_pipe.store.sidecar import EncodedTrace, blobs_of, read_sidecar, read_sidecar_info
 
 
-def copy_shard(donor: LocalRoot, root: LocalRoot, run: Run, shard: int) -> None:
+def copy_shard(donor: LocalRoot, root: Root, run: Run, shard: int) -> None:
     info = adopt_shard(donor, run, shard).info
     assert info.hidden is not None
     path = donor.local(info.hidden.name)
@@ -31,18 +31,22 @@ def copy_shard(donor: LocalRoot, root: LocalRoot, run: Run, shard: int) -> None:
     commit_shard(root, run, shard, [EncodedTrace(t, blobs_of(hidden, sidecar, i)) for i, t in enumerate(traces)], [])
 
 
-def main() -> None:
-    donor, root = LocalRoot(sys.argv[1]), LocalRoot(sys.argv[2])
+def copy_dataset(donor: LocalRoot, root: Root) -> None:
+    """Commit what is not committed yet, as a run that is started again does."""
     run = require_run(root)
     done = committed_shards(root)
-    if sys.argv[3:] not in ([], ["--fork"]):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
     for shard in range(num_shards(run)):
         if shard in done:
             adopt_shard(root, run, shard)
         else:
             copy_shard(donor, root, run, shard)
             print(os.getpid(), flush=True)
+
+
+def main() -> None:
+    if sys.argv[3:] not in ([], ["--fork"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+    copy_dataset(LocalRoot(sys.argv[1]), open_root(sys.argv[2]))
 
 
 def fork_attempts() -> None:

@@ -37,7 +37,7 @@ def storage_failures(where: str) -> Iterator[None]:
 def walk(folder: Path, prefix: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
     """The files below a folder, with names that start with `prefix`. Folders behind links are not entered."""
     try:
-        with os.scandir(folder) as found:
+        with storage_failures(str(folder)), os.scandir(folder) as found:
             held = sorted(found, key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return
