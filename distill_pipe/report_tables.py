@@ -33,6 +33,8 @@ def print_facts(facts: msgspec.Struct, as_json: bool) -> None:
         value = getattr(facts, name)
         if isinstance(value, tuple):
             value = ", ".join(map(str, value)) or "none"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{count} {what}" for what, count in value.items()) or "none"
         elif isinstance(value, float):
             value = f"{value:,.4g}"
         elif value is None:

@@ -1,12 +1,21 @@
-"""Runs of the fake target through the real command line, and what they stored, as rows that can be compared."""
+"""Runs of the fake target, and what they stored, as rows that can be compared."""
 
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from runs import prompt_records, succeed, write_corpus
+from runs import prompt_records, write_corpus
 
+from distill_pipe.produce.fake_engine import FakeEngine
+from distill_pipe.produce.fake_target import ByteRenderer
+from distill_pipe.produce.generate import freeze, prepare
+from distill_pipe.produce.job import Job, load_job
+from distill_pipe.produce.schedule import Work
+from distill_pipe.produce.worker import ShardWorker
+from distill_pipe.store.manifest import Run
+from distill_pipe.store.plan import num_shards
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.verify import Report, verify
 
@@ -18,11 +27,27 @@ def questions(count: int) -> list[str]:
     return [f"What is {n} times {n + 1}?" for n in range(count)]
 
 
-def fake_run(folder: Path, prompts: list[str], *args: object) -> Path:
-    """A dataset made of these prompts without any fault."""
-    corpus = write_corpus(folder / "c.jsonl", prompt_records(prompts))
-    succeed("generate", "--corpus", corpus, "--out", folder / "out", *SETTINGS, *args)
-    return folder / "out"
+def fake_job(folder: Path, out: str, *settings: str, prompts: list[str] | None = None) -> Job:
+    corpus = write_corpus(folder / "c.jsonl", prompt_records(prompts or questions(8)))
+    return load_job(None, ("sampling.max_tokens=12", "engine.max_num_seqs=4", "prompts_per_shard=4", *settings),
+                    {"target": "fake", "corpus": str(corpus), "out": str(folder / out)})
+
+
+def run_here(job: Job, order: list[int] | None = None) -> tuple[Run, LocalRoot]:
+    """The whole run in this process, without Ray, shards started in `order`."""
+    _, spec = prepare(job)
+    root = LocalRoot(job.out)
+    run = freeze(root, spec, job)
+    worker = ShardWorker(FakeEngine(run, root, job.engine.max_num_seqs), ByteRenderer(), root, run)
+    left, fresh = set(range(num_shards(run))), order or list(range(num_shards(run)))
+    deadline = time.monotonic() + 60
+    while left:
+        assert time.monotonic() < deadline
+        for outcome in worker.advance(map(Work, fresh), 0.2).outcomes:
+            assert outcome.fragment is not None, outcome.message
+            left.discard(outcome.shard)
+        fresh = []
+    return run, root
 
 
 def stored_rows(out: Path) -> dict[str, pa.Table]:

@@ -3,22 +3,20 @@ one. The engine runs in this process; whole runs of it are in tests/faults."""
 
 import json
 import math
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fakes import SETTINGS, assert_same_rows, assert_whole, questions, stored_rows
+from fakes import SETTINGS, assert_same_rows, assert_whole, fake_job, run_here, stored_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import command, prompt_records, stored_traces, write_corpus
+from runs import command, stored_traces, write_corpus
 
 from distill_pipe.errors import EngineError, UsageError
 from distill_pipe.produce import generate
 from distill_pipe.produce.chat import Renderer
-from distill_pipe.produce.fake_engine import FakeEngine
 from distill_pipe.produce.fake_target import (
     END,
     ByteRenderer,
@@ -30,40 +28,14 @@ from distill_pipe.produce.fake_target import (
     text_of,
 )
 from distill_pipe.produce.generate import freeze, prepare
-from distill_pipe.produce.job import Job, load_job
-from distill_pipe.produce.schedule import Work
+from distill_pipe.produce.job import load_job
 from distill_pipe.produce.targets import resolve_target
-from distill_pipe.produce.worker import ShardWorker
-from distill_pipe.store.manifest import Run
-from distill_pipe.store.plan import Message, PlannedPrompt, num_shards, write_plan_part
+from distill_pipe.store.plan import Message, PlannedPrompt, write_plan_part
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.shard import read_quarantine
 from distill_pipe.store.spec import SamplingSpec
 
 V, H = 259, 16
-
-
-def fake_job(folder: Path, out: str, *settings: str, prompts: list[str] | None = None) -> Job:
-    corpus = write_corpus(folder / "c.jsonl", prompt_records(prompts or questions(8)))
-    return load_job(None, ("sampling.max_tokens=12", "engine.max_num_seqs=4", "prompts_per_shard=4", *settings),
-                    {"target": "fake", "corpus": str(corpus), "out": str(folder / out)})
-
-
-def run_here(job: Job, order: list[int] | None = None) -> tuple[Run, LocalRoot]:
-    """The whole run in this process, without Ray, shards started in `order`."""
-    _, spec = prepare(job)
-    root = LocalRoot(job.out)
-    run = freeze(root, spec, job)
-    worker = ShardWorker(FakeEngine(run, root, job.engine.max_num_seqs), ByteRenderer(), root, run)
-    left, fresh = set(range(num_shards(run))), order or list(range(num_shards(run)))
-    deadline = time.monotonic() + 60
-    while left:
-        assert time.monotonic() < deadline
-        for outcome in worker.advance(map(Work, fresh), 0.2).outcomes:
-            assert outcome.fragment is not None, outcome.message
-            left.discard(outcome.shard)
-        fresh = []
-    return run, root
 
 
 # The target

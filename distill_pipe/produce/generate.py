@@ -35,12 +35,9 @@ from distill_pipe.store.manifest import (
     require_same_run,
 )
 from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
+from distill_pipe.store.quarantine import FAILED, read_given_up
 from distill_pipe.store.root import Root, open_root, require_exclusive_create, sha256_of
-from distill_pipe.store.shard import read_quarantine
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, RunSpec
-
-# Codes of the quarantine that speak of a failure of ours, not of the corpus.
-FAILED = ("engine", "not_finite")
 
 
 def prepare(job: Job, engine_spec: Callable[[int], EngineSpec] = vllm_spec,
@@ -113,16 +110,14 @@ class _Watch:
     def __call__(self, progress: Progress) -> None:
         self._on_progress(progress)
         for outcome in progress.outcomes:
-            if outcome.fragment is not None and outcome.fragment.info.quarantine is not None:
-                self._count(outcome.fragment.info.quarantine, outcome.fragment.info)
+            if outcome.fragment is not None:
+                self._count(outcome.fragment.info)
         if self._failed > self._allowed:
             raise QuarantineLimitError(f"{self._failed} prompts failed in the engine or in capture; see "
                                        f"{self._root}/_quarantine, and raise max_failed_share to go on")
 
-    def _count(self, quarantine: FileRef, info: ShardInfo) -> None:
-        with self._root.fetched(quarantine.name, quarantine.size) as path:
-            prompts = read_quarantine(path, info.quarantined)
-        for prompt in prompts:
+    def _count(self, info: ShardInfo) -> None:
+        for prompt in read_given_up(self._root, info):
             self._failed += prompt.code in FAILED
             self._journal.write("prompt_quarantined", shard=info.shard, ordinal=prompt.ordinal, code=prompt.code,
                                 reason=prompt.message)

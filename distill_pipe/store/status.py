@@ -14,6 +14,7 @@ from distill_pipe.store.ahead import ahead
 from distill_pipe.store.commit import DATA, shard_of
 from distill_pipe.store.manifest import Fragment, read_fragment, require_run
 from distill_pipe.store.plan import num_shards
+from distill_pipe.store.quarantine import count_by_blame
 from distill_pipe.store.root import Root
 
 COUNTED = 512
@@ -32,6 +33,7 @@ class Status(Struct, frozen=True, kw_only=True):
     prompts: int
     traces: int
     quarantined: int
+    quarantined_by_blame: dict[str, int]
     tokens: int
     rows: int
     bytes: int
@@ -68,6 +70,7 @@ def status(root: Root) -> Status:
     return Status(root=str(root), target=run.spec.target.name, fingerprint=run.fingerprint, shards=num_shards(run),
                   shards_done=done, shards_counted=len(fragments), prompts=run.spec.corpus.prompts,
                   traces=scaled(sum(i.traces for i in infos)), quarantined=scaled(sum(i.quarantined for i in infos)),
+                  quarantined_by_blame={b: scaled(n) for b, n in sorted(count_by_blame(root, infos).items())},
                   tokens=scaled(sum(i.tokens for i in infos)), rows=scaled(rows), bytes=scaled(size),
                   tail_mass_mean=mass / rows if rows else None, eta_seconds=eta)
 

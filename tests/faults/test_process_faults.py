@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakes import SETTINGS, assert_same_rows, assert_whole, fake_run, quarantined, questions
+from fakes import SETTINGS, assert_same_rows, assert_whole, fake_job, quarantined, questions, run_here
 from runs import command, prompt_records, write_corpus
 
 from distill_pipe.produce.driver import GRACE_SECONDS
@@ -23,7 +23,9 @@ FAULTS = {"DISTILL_PIPE_FAKE_FAULTS": "1"}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("undisturbed"), questions(PROMPTS), "--workers", 2)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_here(fake_job(folder, "out", prompts=questions(PROMPTS)))
+    return folder / "out"
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +68,20 @@ def test_f18_f19_f25_three_hundred_kills(corpus, undisturbed, tmp_path, fault_ro
     kill_at_random(corpus, undisturbed, tmp_path, kills, 1, fault_row, *kinds)
 
 
-def test_f15_two_drivers_on_one_root_at_the_same_moment(corpus, undisturbed, tmp_path, fault_row) -> None:
+def test_f15_two_drivers_on_one_root_at_the_same_moment(tmp_path, fault_row) -> None:
+    run_here(fake_job(tmp_path, "calm", prompts=questions(40)))
     out = tmp_path / "out"
-    with running(corpus, out) as one, running(corpus, out) as other:
+    with running(tmp_path / "c.jsonl", out) as one, running(tmp_path / "c.jsonl", out) as other:
         one.end()
         other.end()
-    assert_whole(out, PROMPTS)
-    assert_same_rows(out, undisturbed)
+    assert_whole(out, 40)
+    assert_same_rows(out, tmp_path / "calm")
     fault_row("F15 two drivers on one root at the same moment", 1, 1)
 
 
-@pytest.mark.parametrize(("sent", "code", "says"), [(signal.SIGINT, 130, "interrupted; the same command continues"),
-                                                    (signal.SIGTERM, 143, "terminated; the same command continues")])
+@pytest.mark.parametrize(("sent", "code", "says"), [
+    pytest.param(signal.SIGINT, 130, "interrupted; the same command continues", marks=pytest.mark.faults),
+    (signal.SIGTERM, 143, "terminated; the same command continues")])
 def test_f22_f27_a_signal_ends_a_run_with_its_code_and_the_same_command_continues(
         corpus, undisturbed, tmp_path, fault_row, sent, code, says) -> None:
     out, log = tmp_path / "out", tmp_path / "log.jsonl"
@@ -100,7 +104,7 @@ def test_f22_f27_a_signal_ends_a_run_with_its_code_and_the_same_command_continue
     fault_row(f"F22 F27 {sent.name} to the driver", 1, 1, seconds=time.monotonic() - started)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, None])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(None, marks=pytest.mark.faults)])
 def test_f27_a_run_that_was_started_with_sigint_ignored_ends_as_any_other(corpus, tmp_path, sent) -> None:
     out = tmp_path / "out"
     wrapped = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
@@ -117,44 +121,43 @@ def test_f27_a_run_that_was_started_with_sigint_ignored_ends_as_any_other(corpus
 # Poison
 
 
-def poisoned(folder: Path, *marks: str, count: int = 16) -> Path:
-    """A corpus whose every fifth prompt from the second on is marked with one of these."""
+def poisoned(*marks: str, count: int = 16) -> list[str]:
+    """Every fifth prompt from the second on is marked with one of these."""
     prompts = questions(count)
     for i, mark in enumerate(marks):
         prompts[1 + 5 * i] += f" [fault:{mark}]"
-    return write_corpus(folder / "c.jsonl", prompt_records(prompts))
+    return prompts
 
 
-def assert_poison_found(corpus: Path, out: Path, *args: object, count: int = 16, marks: int = 1) -> None:
-    with running(corpus, out, "--set", "max_failed_share=1", *args,
-                 env={**FAULTS, "DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as job:
+def assert_poison_found(folder: Path, prompts: list[str], marks: int, *args: object) -> None:
+    run_here(fake_job(folder, "calm", "prompts_per_shard=2", prompts=prompts))
+    with running(folder / "c.jsonl", folder / "out", "--set", "max_failed_share=1", "--set", "prompts_per_shard=2",
+                 *args, env={**FAULTS, "DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as job:
         job.end()
-    assert quarantined(out) == [1 + 5 * i for i in range(marks)]
-    assert_whole(out, count, marks)
-    calm = out.with_name("calm")
-    with running(corpus, calm, env={"DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as job:
-        job.end()
-    assert_same_rows(out, calm)
+    assert quarantined(folder / "out") == [1 + 5 * i for i in range(marks)]
+    assert_whole(folder / "out", len(prompts), marks)
+    assert_same_rows(folder / "out", folder / "calm")
 
 
 def test_f29_f30_a_prompt_that_kills_its_engine_is_found_and_every_other_is_kept(tmp_path, fault_row) -> None:
-    corpus = poisoned(tmp_path, "kill", "raise")
-    assert_poison_found(corpus, tmp_path / "out", "--workers", 2, marks=2)
-    fault_row("F29 F30 prompts that kill or break the engine", 2, 2)
+    assert_poison_found(tmp_path, poisoned("kill", count=8), 1)
+    fault_row("F30 a prompt that kills the engine", 1, 1)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("mark", "case"), [("exit", "F30 a prompt that ends the process"), (
-    "hang", "F28 a prompt that hangs the engine"), ("memory", "F33 a prompt that takes all memory")])
+    "hang", "F28 a prompt that hangs the engine"), ("memory", "F33 a prompt that takes all memory"), (
+    "raise", "F29 a prompt on which the engine raises")])
 def test_f28_f30_f33_poison_of_every_kind_is_found(tmp_path, fault_row, mark, case) -> None:
-    assert_poison_found(poisoned(tmp_path, mark), tmp_path / "out", "--set", "stall_seconds=5")
+    assert_poison_found(tmp_path, poisoned(mark, mark), 2, "--set", "stall_seconds=5", "--workers", 2)
     fault_row(case, 1, 1)
 
 
 @pytest.mark.faults
 def test_f31_too_many_poisonous_prompts_end_the_run_with_3(tmp_path, fault_row) -> None:
-    corpus, out = poisoned(tmp_path, "raise", "raise", "raise"), tmp_path / "out"
+    corpus = write_corpus(tmp_path / "c.jsonl", prompt_records(poisoned("raise", "raise", "raise")))
+    out = tmp_path / "out"
     with running(corpus, out, env=FAULTS) as job:
         job.end(3)
         assert "prompts failed in the engine or in capture" in job.says()
@@ -169,6 +172,7 @@ def test_f31_too_many_poisonous_prompts_end_the_run_with_3(tmp_path, fault_row) 
 # Hangs and zombies
 
 
+@pytest.mark.faults
 def test_f28_an_engine_that_stops_is_replaced(corpus, undisturbed, tmp_path, fault_row) -> None:
     out = tmp_path / "out"
     with running(corpus, out, "--set", "stall_seconds=4") as job:
@@ -185,6 +189,7 @@ def test_f28_an_engine_that_stops_is_replaced(corpus, undisturbed, tmp_path, fau
     fault_row("F28 SIGSTOP of a worker", 1, 1, seconds=seconds)
 
 
+@pytest.mark.faults
 def test_f24_a_zombie_that_wakes_after_its_shard_was_done_again_changes_nothing(corpus, undisturbed, tmp_path,
                                                                                 fault_row) -> None:
     out = tmp_path / "out"
@@ -210,10 +215,3 @@ def test_f16_a_driver_with_other_settings_is_refused_before_an_engine_starts(cor
     done = command("generate", "--corpus", corpus, "--out", undisturbed, *SETTINGS, "--set", "sampling.seed=1")
     assert done.returncode == 4
     assert "sampling.seed: stored 0, given 1" in done.stderr
-
-
-def test_f19_a_machine_too_small_ends_the_run_at_once_with_the_reason(corpus, tmp_path) -> None:
-    done = command("generate", "--corpus", corpus, "--out", tmp_path / "out", *SETTINGS, "--set",
-                   "engine.tensor_parallel_size=2", "--set", "engine.distributed_executor_backend=ray")
-    assert done.returncode == 7, done.stderr
-    assert "1 x 2 GPUs are needed and this machine has 0: 2 are missing" in done.stderr.splitlines()[-1]
