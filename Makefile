@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test layouts loaders check schemas bench faults drafts clean
+.PHONY: help install demo test layouts loaders check schemas bench faults soak drafts clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -25,7 +25,7 @@ demo: $(STAMP) ## Run the main job end to end on a real 135M model (4 minutes on
 	$(BIN)/python jobs/demo.py
 
 test: $(STAMP) ## Run the tests, real engine included
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not layouts and not loaders and not faults and not bench and not drafts"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not layouts and not loaders and not faults and not soak and not bench and not drafts"
 
 layouts: $(STAMP) ## Engines of several devices: tensor parallel, three pipeline stages, Ray as the executor (6 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m layouts
@@ -44,11 +44,14 @@ schemas: $(STAMP) ## Write the JSON Schemas anew from the code
 bench: $(STAMP) ## Measure the format, `plan`, and capture, each against what it replaces (about 35 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m bench -s tests/benchmarks
 
-faults: $(STAMP) ## Kill workers and drivers at random moments, ten times each (about 10 minutes)
+faults: $(STAMP) ## Kill, stop, drain, starve and poison whatever takes part in a run; prints a table (about an hour)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -s --fault-table build/faults.md
 
 drafts: $(STAMP) ## Speculative decoding by vLLM itself with a draft of each kind, against our own sampler (5 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m drafts
+
+soak: $(STAMP) ## Half an hour of kills, lost nodes, pauses and a store that throttles
+	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -s --fault-table build/soak.md
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo-out

@@ -5,7 +5,6 @@ Commands import what they need when they run, so that `status` and `verify` work
 
 import sys
 import traceback
-
 from types import TracebackType
 from typing import Annotated
 

@@ -59,7 +59,7 @@ def test_a_bad_corpus_is_named_by_line_and_leaves_the_disk_untouched(cli, tmp_pa
 
 @pytest.mark.parametrize(("options", "says"), [
     (["--corpus", "nowhere.jsonl"], "there is no such file"),
-    (["--target", "llama-9"], "unknown target 'llama-9': give one of smollm2-135m"),
+    (["--target", "llama-9"], "unknown target 'llama-9': give one of "),
     (["--top-k", "49153"], "more than the 49152 tokens"),
     (["--top-k", "0"], "$.capture.top_k"),
     (["--layers", "2,31"], "layer 31 is out of range"),

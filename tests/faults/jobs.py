@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from distill_pipe.store.root import LocalRoot
 STEP_SECONDS = "0.03"
 PATIENCE_SECONDS = 240
 GONE_SECONDS = 40
+# What a machine's user may have set for its own clusters is not ours.
+CLUSTER_ENV = {"RAY_AUTH_MODE": "disabled"}
 
 
 class RunningJob:
@@ -164,3 +168,45 @@ def until(happened: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> 
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
+
+
+class Nodes:
+    """A Ray cluster of several nodes, in a process of its own; see `nodes.py` for what it can be told."""
+
+    def __init__(self, count: int) -> None:
+        # Ray's sockets live there, and their paths must be short.
+        self._folder = tempfile.mkdtemp(prefix="dpn-")
+        line = [sys.executable, str(Path(__file__).with_name("nodes.py")), self._folder, str(count)]
+        self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                         text=True, env={**os.environ, **CLUSTER_ENV})
+        self.address = self._answer()
+        self.count = count
+
+    def tell(self, command: str) -> None:
+        """Do something to the cluster, and wait until it is done."""
+        assert self._process.stdin is not None
+        print(command, file=self._process.stdin, flush=True)
+        assert self._answer() == "ok"
+
+    def close(self) -> None:
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            process.kill()
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        assert line, "the cluster did not start, or died"
+        return line
+
+
+@contextmanager
+def cluster(count: int) -> Iterator[Nodes]:
+    """A cluster that is gone afterwards."""
+    nodes = Nodes(count)
+    try:
+        yield nodes
+    finally:
+        nodes.close()

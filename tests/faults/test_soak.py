@@ -110,9 +110,6 @@ def finished(out: str) -> bool:
 
 def all_rows(out: str) -> dict[int, tuple[object, ...]]:
     """Every stored number of a dataset's main shards, by ordinal."""
-    from distill_pipe.store.commit import shard_fragment
-    from distill_pipe.store.manifest import require_run, shard_name
-    from distill_pipe.store.shard import read_main
 
     root = open_root(out)
     run, rows = require_run(root), {}
