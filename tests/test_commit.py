@@ -114,7 +114,7 @@ def test_threads_racing_for_a_shard_make_one(root: LocalRoot, run: Run) -> None:
     assert verify(root).clean
 
 
-def test_processes_racing_for_every_shard_make_one_dataset(tmp_path: Path) -> None:
+def test_processes_racing_for_every_shard_make_one_dataset(tmp_path: Path, fault_row) -> None:
     make_dataset(tmp_path / "donor", 24, Shape(prompts_per_shard=2))
     start_run(tmp_path / "out", 24, Shape(prompts_per_shard=2))
     racers = [subprocess.Popen([*COMMITTER, tmp_path / "donor", tmp_path / "out"], stdout=subprocess.DEVNULL)
@@ -123,6 +123,7 @@ def test_processes_racing_for_every_shard_make_one_dataset(tmp_path: Path) -> No
     report = verify(LocalRoot(tmp_path / "out"))
     assert report.clean
     assert (report.shards_found, report.traces, report.orphans) == (12, 24, ())
+    fault_row("F15 two processes race for every shard", 12, 12)
 
 
 @pytest.mark.parametrize(("traced", "quarantined"), [
@@ -252,7 +253,7 @@ def small_disk() -> Iterator[Path]:
     path.rmdir()
 
 
-def test_a_full_disk_leaves_nothing_of_a_shard_behind_however_little_room_there_was(small_disk: Path) -> None:
+def test_a_full_disk_leaves_nothing_of_a_shard_behind_however_little_room_there_was(small_disk, fault_row) -> None:
     shape = Shape(vocab_size=512, top_k=256, hidden_size=2000, layers=(1, 2), hidden_codec="f32")
     run, root = start_run(small_disk / "out", 4, shape), LocalRoot(small_disk / "out")
     ballast = small_disk / "ballast"
@@ -278,9 +279,10 @@ def test_a_full_disk_leaves_nothing_of_a_shard_behind_however_little_room_there_
     assert refusals > 5
     assert report.clean
     assert report.orphans == ()
+    fault_row("F04 disk full in the middle of a shard, then freed", refusals, refusals)
 
 
-def test_a_file_size_limit_ends_in_the_same_error_and_a_rerun_completes(tmp_path: Path) -> None:
+def test_a_file_size_limit_ends_in_the_same_error_and_a_rerun_completes(tmp_path: Path, fault_row) -> None:
     make_dataset(tmp_path / "donor", 4, Shape(hidden_size=512))
     start_run(tmp_path / "out", 4, Shape(hidden_size=512))
     before = files(tmp_path / "out")
@@ -291,9 +293,10 @@ def test_a_file_size_limit_ends_in_the_same_error_and_a_rerun_completes(tmp_path
     assert files(tmp_path / "out") == before
     subprocess.run(line, check=True, capture_output=True)
     assert verify(LocalRoot(tmp_path / "out")).clean
+    fault_row("F05 file size limit", 1, 1)
 
 
-def test_killing_the_committing_process_again_and_again_leaves_a_dataset_that_a_rerun_completes(tmp_path: Path) -> None:
+def test_a_dataset_whose_writer_is_killed_again_and_again_is_completed_by_a_rerun(tmp_path: Path, fault_row) -> None:
     shape = Shape(prompts_per_shard=1)
     make_dataset(tmp_path / "donor", 80, shape)
     run, root = start_run(tmp_path / "out", 80, shape), LocalRoot(tmp_path / "out")
@@ -327,3 +330,4 @@ def test_killing_the_committing_process_again_and_again_leaves_a_dataset_that_a_
         assert np.array_equal(found.topk_logprobs_N, wanted.topk_logprobs_N)
         assert all(np.array_equal(found.hidden[n], wanted.hidden[n]) for n in wanted.hidden)
     assert {read_fragment(root, shard) is not None for shard in range(num_shards(run))} == {True}
+    fault_row("F01 writer killed at random moments", KILLS, KILLS)

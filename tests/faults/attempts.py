@@ -18,10 +18,11 @@ _PR_SET_PTRACER = 0x59616D61
 
 
 class Attempts:
-    """Starts attempts that copy the shards of a donor dataset; see `committer`."""
+    """Starts attempts that copy the shards of a donor dataset; see `committer`. Objects of more than `part_bytes` are
+    uploaded in parts."""
 
-    def __init__(self, donor: Path) -> None:
-        self._line = [sys.executable, "-m", "faults.attempts", str(donor)]
+    def __init__(self, donor: Path, part_bytes: int = 16 << 20) -> None:
+        self._line = [sys.executable, "-m", "faults.attempts", str(donor), str(part_bytes)]
 
     def __enter__(self) -> Self:
         path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
@@ -87,7 +88,8 @@ if __name__ == "__main__":
     from committer import copy_dataset
 
     from distill_pipe.errors import DistillPipeError
-    from distill_pipe.store import object_root  # noqa: F401 - once, and not in every fork
+    from distill_pipe.store import object_root
     from distill_pipe.store.root import LocalRoot, open_root
 
+    object_root._PART_BYTES = int(sys.argv[2])
     _serve()

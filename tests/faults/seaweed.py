@@ -5,6 +5,7 @@ several volumes), and every test a folder of its own.
 """
 
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from obstore.store import S3Store
 
 from faults.proxy import Proxy
 
-START_SECONDS = 120
+START_SECONDS, STARTS = 120, 5
 KEY, SECRET, BUCKET = "tester", "tester-secret", "tests"
 _IDENTITIES = {"identities": [{"name": "tester", "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
                                "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
@@ -31,9 +32,14 @@ _IDENTITIES = {"identities": [{"name": "tester", "credentials": [{"accessKey": K
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, each with nothing else of ours."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in held]
+    """Ports that nothing listens on, below those that the system hands out to connections."""
+    held: list[socket.socket] = []
+    while len(held) < count:
+        try:
+            held.append(socket.create_server(("127.0.0.1", random.randrange(10_000, 32_000))))
+        except OSError:
+            continue
+    ports: list[int] = [server.getsockname()[1] for server in held]
     for server in held:
         server.close()
     return ports
@@ -97,16 +103,27 @@ class Seaweed:
                 return
             except obstore.exceptions.BaseError as error:
                 if self.process.poll() is not None or time.monotonic() > deadline:
-                    log = (self.folder / "log").read_text(errors="replace")[-2000:]
+                    log = (self.folder / "log").read_text(errors="replace")[-5000:]
                     self.close()
                     raise RuntimeError(f"no S3 server: {error}\n{log}") from error
                 time.sleep(0.2)
 
 
+def started_server(folder: Path) -> Seaweed:
+    """A server; tried again where another process took one of its ports first."""
+    for i in range(STARTS):
+        try:
+            return Seaweed(folder / str(i))
+        except RuntimeError as error:
+            if "address already in use" not in str(error):
+                raise
+    raise RuntimeError("no free ports for an S3 server")
+
+
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     """The session's S3 server."""
-    server = Seaweed(tmp_path_factory.mktemp("seaweed") / "data")
+    server = started_server(tmp_path_factory.mktemp("seaweed"))
     yield server
     server.close()
 
