@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from distill_pipe.corpus_commands import prepare
 from distill_pipe.errors import DistillPipeError, UsageError
 from distill_pipe.export_commands import export
 from distill_pipe.hub_commands import pull, push
@@ -33,6 +34,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 
 
 app.command()(generate)
+app.command()(prepare)
 app.command()(plan)
 app.add_typer(targets, name="targets")
 

@@ -64,7 +64,8 @@ class ReplayDtypes(StrEnum):
 
 
 Target = Annotated[str | None, typer.Option(help="A known target, a local folder, or a hub id.")]
-Corpus = Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet; may be repeated.")]
+Corpus = Annotated[list[str] | None, typer.Option(help="JSONL (.gz, .zst) or Parquet: a file, hf://datasets/..., "
+                                                       "s3://..., or infinity-instruct; may be repeated.")]
 Out = Annotated[str | None, typer.Option(help="The dataset's folder or address; an existing run is continued.")]
 Writer = Annotated[Responses | None, typer.Option(help="Who writes the responses: target (default) or corpus.")]
 TopK = Annotated[int | None, typer.Option(help="Head entries per row [32].")]

@@ -1,5 +1,7 @@
 """Catches a loss mask that covers anything but the assistant's words, and templates that make that impossible."""
 
+import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distill_pipe.produce.chat import RenderedPrompt, Renderer, TemplateError
+from distill_pipe.errors import UsageError
+from distill_pipe.produce.chat import RenderedPrompt, Renderer, load_tokenizer
+from distill_pipe.produce.loss_mask import TemplateError
 from distill_pipe.store.plan import Message
 
 CLOSE = "<|im_end|>"
@@ -109,11 +113,119 @@ def test_the_special_tokens_are_single_tokens(chatml: Renderer) -> None:
     assert rendered.token_ids_T.count(rendered.token_ids_T[-1]) == 2
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path: Path) -> None:
+def test_turns_that_the_template_rewrites_later_are_context(tmp_path: Path) -> None:
     renderer = Renderer(save_tokenizer(tmp_path, FORGETS))
     assert spoken(renderer, renderer.render(talk("a", "b"), "corpus")) == f"b{CLOSE}"
-    with pytest.raises(TemplateError, match="rewrites the conversation before turn 4"):
-        renderer.render(talk("a", "b", "c", "d"), "corpus")
+    rendered = renderer.render(talk("a", "b", "c", "d"), "corpus")
+    assert spoken(renderer, rendered) == f"d{CLOSE}"
+    assert "b" not in decode(renderer, rendered.token_ids_T)
+
+
+@pytest.mark.parametrize("words", ["see {{ messages | length }} turns", "{{ messages[0].content | upper }}"])
+def test_a_last_turn_whose_context_is_rewritten_is_refused(tmp_path: Path, words: str) -> None:
+    """What the target was shown when it began to speak is not what the whole text begins with."""
+    renderer = Renderer(save_tokenizer(tmp_path, "{% if messages[-1].role == 'assistant' %}" + words + "{% endif %}" +
+                                       CHATML))
+    with pytest.raises(TemplateError, match="rewrites the conversation before turn 2"):
+        renderer.render(talk("a", "b"), "corpus")
+
+
+THINKS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>"
+          "{{ m.reasoning_content }}</think>{% endif %}{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}")
+
+
+def thought(reasoning: str | None, content: str) -> Message:
+    return Message("assistant", content, reasoning_content=reasoning)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(texts, texts.filter(lambda t: "think" not in t)), min_size=1, max_size=3))
+def test_thoughts_are_supervised_in_the_last_turn_and_history_without_them_is_context(
+        thinking: Renderer, turns: list[tuple[str, str]]) -> None:
+    messages = [message for reasoning, text in turns for message in (Message("user", "?"), thought(reasoning, text))]
+    rendered = thinking.render(messages, "corpus")
+    reasoning, text = turns[-1]
+    # The prompt opens the thoughts, and the target said what comes after that; without thoughts it begins before them.
+    last = f"{reasoning}</think>{text}{CLOSE}" if reasoning else f"{text}{CLOSE}"
+    # An earlier turn without thoughts reads the same in the history, and counts there.
+    earlier = "".join(f"{text}{CLOSE}" for reasoning, text in turns[:-1] if not reasoning)
+    assert spoken(thinking, rendered) == earlier + last
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    return Renderer(save_tokenizer(tmp_path_factory.mktemp("thinks"), THINKS))
+
+
+def test_words_that_the_template_leaves_out_are_refused_with_where_they_belong(thinking: Renderer) -> None:
+    with pytest.raises(TemplateError, match=r"leaves out words of turn 2; thoughts belong in `reasoning_content`"):
+        thinking.render(talk("a", "because</think>b"), "corpus")
+
+
+def test_a_turn_that_is_context_alone_is_not_masked(chatml: Renderer) -> None:
+    messages = [*talk("a"), Message("assistant", "b", supervised=False), *talk("c", "d")]
+    assert spoken(chatml, chatml.render(messages, "corpus")) == f"d{CLOSE}"
+    only = [*talk("a"), Message("assistant", "b", supervised=False)]
+    with pytest.raises(TemplateError, match="no token of the conversation belongs to the assistant"):
+        chatml.render(only, "corpus")
+    trailing = [*talk("a", "b", "c"), Message("assistant", "d", supervised=False)]
+    assert spoken(chatml, chatml.render(trailing, "corpus")) == f"b{CLOSE}"
+
+
+def test_a_response_that_was_cut_off_is_not_said_to_have_ended(chatml: Renderer) -> None:
+    rendered = chatml.render([*talk("a"), Message("assistant", "and then", ended=False)], "corpus")
+    assert spoken(chatml, rendered) == "and then"
+    assert rendered.loss_mask_T[-1]
+
+
+MARKED = CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+                        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}")
+
+
+def test_a_templates_own_marks_must_name_the_same_words(tmp_path: Path) -> None:
+    renderer = Renderer(save_tokenizer(tmp_path / "marked", MARKED))
+    assert spoken(renderer, renderer.render(talk("a", "b c", "d", "e"), "corpus")) == f"b c{CLOSE}e{CLOSE}"
+    wrong = MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}")
+    with pytest.raises(TemplateError, match="own generation marks name other words of the assistant"):
+        Renderer(save_tokenizer(tmp_path / "wrong", wrong)).render(talk("a", "b c"), "corpus")
+
+
+def test_tools_and_calls_reach_the_template(tmp_path: Path) -> None:
+    template = ("{% if tools %}tools: {{ tools[0].function.name }};{% endif %}{% for m in messages %}<|im_start|>"
+                "{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>"
+                "{% endfor %}"
+                "{{ m.tool_call_id or '' }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    renderer = Renderer(save_tokenizer(tmp_path, template))
+    call = json.dumps([{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}])
+    tools = json.dumps([{"type": "function", "function": {"name": "add", "parameters": {}}}])
+    messages = [Message("user", "1 + 1?", tools=tools), Message("assistant", "", tool_calls=call),
+                Message("tool", "2", tool_call_id="x7"), Message("assistant", "It is 2.")]
+    rendered = renderer.render(messages, "corpus")
+    assert spoken(renderer, rendered) == f"<call>add</call>{CLOSE}It is 2.{CLOSE}"
+    text = decode(renderer, rendered.token_ids_T)
+    assert text.startswith("tools: add;")
+    assert "2x7" in text
+
+
+DATED = "today is {{ strftime_now('%d %b %Y') }};" + CHATML
+
+
+def test_a_template_that_prints_the_date_is_told_the_day_of_the_run(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, DATED)
+    dated = Renderer(folder, today=date(2024, 2, 29))
+    assert decode(dated, dated.render(talk("a"), "target").token_ids_T).startswith("today is 29 Feb 2024;")
+    assert decode(dated, dated.render(talk("a", "b"), "corpus").token_ids_T).startswith("today is 29 Feb 2024;")
+    undated = Renderer(folder)
+    assert str(date.today().year) in decode(undated, undated.render(talk("a"), "target").token_ids_T)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization.Mine", null]}}')
+    (tmp_path / "tokenization.py").write_text("raise SystemExit('this must not run')")
+    with pytest.raises(UsageError, match=r"the tokenizer of .* cannot be read"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(("template", "text"), [(REFUSES, "roles must alternate"), (BROKEN, ""), (UNDEFINED, "")])
@@ -133,7 +245,7 @@ def test_a_conversation_without_the_assistant_is_refused(chatml: Renderer) -> No
 def test_a_response_that_the_template_swallows_is_refused(tmp_path: Path) -> None:
     silent = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
     renderer = Renderer(save_tokenizer(tmp_path, silent))
-    with pytest.raises(TemplateError, match="no token of the conversation belongs to the assistant"):
+    with pytest.raises(TemplateError, match="leaves out words of turn 2"):
         renderer.render(talk("a", "b"), "corpus")
 
 

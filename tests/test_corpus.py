@@ -40,8 +40,8 @@ def write(path: Path, records: Sequence[object]) -> Path:
     return path
 
 
-def read(*paths: Path, responses: Responses = "corpus", limit: int | None = None) -> list[PlannedPrompt]:
-    return list(read_prompts(paths, responses, limit))
+def read(*paths: object, responses: Responses = "corpus", limit: int | None = None) -> list[PlannedPrompt]:
+    return list(read_prompts([str(path) for path in paths], responses, limit))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet"])

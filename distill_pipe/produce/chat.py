@@ -1,27 +1,33 @@
 """Conversations to token ids and loss masks, by the target's own chat template.
 
-A loss mask is found by rendering prefixes: what turn i adds to the text, after the generation prompt, is what the
-assistant said. Templates' own `{% generation %}` marks are absent from nearly every model. The text is tokenised piece
-by piece, cut where the assistant begins and ends, exactly as serving does (prompt first, response after), so the masked
-tokens decode to the assistant's text and nothing else.
+The text is tokenised piece by piece, cut where the assistant begins and ends (`loss_mask`), exactly as serving does
+(prompt first, response after), so the masked tokens decode to the assistant's text and nothing else. Where a template
+has `{% generation %}` marks, what they mark must be the same.
+
+Templates that print today's date are told the day a run was created, so that the prompts of a run that goes on after
+midnight do not change.
 
 Shapes: T tokens.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from distill_pipe.errors import UsageError
+from distill_pipe.produce.loss_mask import TemplateError, cut_at_turns
+from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import Message
 from distill_pipe.store.spec import Responses, RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-class TemplateError(ValueError):
-    """The conversation cannot be rendered so that the assistant's words are known; the prompt is quarantined."""
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 
 
 class TooLongError(ValueError):
@@ -36,15 +42,31 @@ class RenderedPrompt:
     loss_mask_T: list[bool]
 
 
+def load_tokenizer(model: Path | str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder or hub model. Python files of a model are not run.
+
+    Raises:
+        UsageError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"the tokenizer of {model} cannot be read: {str(error).splitlines()[0]}") from None
+
+
 class Renderer:
-    """The target's tokenizer and chat template."""
+    """The target's tokenizer and chat template. `today` is what the template is told; by default the day it is."""
 
-    def __init__(self, folder: Path | str, revision: str | None = None) -> None:
-        from transformers import AutoTokenizer
+    _marks = False
 
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision)
+    def __init__(self, model: Path | str, revision: str | None = None, today: date | None = None) -> None:
+        self.tokenizer = load_tokenizer(model, revision)
         self._special = set(self.tokenizer.all_special_ids) | {
             i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        self._marks = _GENERATION_MARK.search(str(self.tokenizer.chat_template or "")) is not None
+        self._given = {} if today is None else {"strftime_now": today.strftime}
 
     def render(self, messages: Sequence[Message], responses: Responses) -> RenderedPrompt:
         """Render one conversation.
@@ -76,25 +98,38 @@ class Renderer:
     def _render_given(self, messages: Sequence[Message]) -> RenderedPrompt:
         token_ids: list[int] = []
         mask: list[bool] = []
-        done = ""
-        for i, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before, after = self._text(messages[:i], generate=True), self._text(messages[:i + 1], generate=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise TemplateError(f"the chat template rewrites the conversation before turn {i + 1}")
-            for text, spoken in ((before[len(done):], False), (after[len(before):], True)):
-                ids = self._encode(text, first=not token_ids)
-                token_ids += ids
-                mask += [True] * self._closing(ids) if spoken else [False] * len(ids)
-                mask += [False] * (len(token_ids) - len(mask))
-            done = after
+        for piece in cut_at_turns(messages, self._text):
+            ids = self._encode(piece.text, first=not token_ids)
+            token_ids += ids
+            mask += [True] * self._closing(ids) if piece.spoken else [False] * len(ids)
+            mask += [False] * (len(token_ids) - len(mask))
+        while mask and not mask[-1]:
+            token_ids.pop()
+            mask.pop()
         if not any(mask):
             raise TemplateError("no token of the conversation belongs to the assistant")
-        while not mask[-1]:
+        if self._marks:
+            self._require_same_marks(messages, token_ids, mask)
+        last = messages[_last_index(messages)]
+        if last.supervised and not last.ended and token_ids[-1] in self._special:
+            # It was cut off: the target did not say that it was done.
             token_ids.pop()
             mask.pop()
         return RenderedPrompt(token_ids, mask)
+
+    def _require_same_marks(self, messages: Sequence[Message], token_ids: list[int], mask: list[bool]) -> None:
+        """Compare with the template's own marks. Only texts can be compared: tokens differ where pieces meet."""
+        if not all(m.supervised for m in messages):
+            return
+        marked = self._apply(messages[:_last_index(messages) + 1], generate=False, tokenize=True, return_dict=True,
+                             return_assistant_tokens_mask=True)
+        pairs = zip(marked["input_ids"], marked["assistant_masks"], strict=True)
+        theirs, ours = ([token for token, said in pairs if said],
+                        [token for token, said in zip(token_ids, mask, strict=True) if said])
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (theirs, ours)]
+        if texts[0] != texts[1]:
+            raise TemplateError("the template's own generation marks name other words of the assistant "
+                                f"({len(texts[0])} characters, not {len(texts[1])})")
 
     def _closing(self, ids: list[int]) -> int:
         """Tokens up to and with the turn's closing special token; what the template adds after it is nobody's word."""
@@ -104,16 +139,39 @@ class Renderer:
     def _text(self, messages: Sequence[Message], generate: bool) -> str:
         if self.tokenizer.chat_template is None:
             return "".join(m.content for m in messages)
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        return str(self._apply(messages, generate, tokenize=False))
+
+    def _apply(self, messages: Sequence[Message], generate: bool, **options: Any) -> Any:
         import jinja2
 
+        tools = messages[0].tools if messages else None
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+            return self.tokenizer.apply_chat_template(
+                [_turn(m) for m in messages], tools=None if tools is None else json.loads(tools),
+                add_generation_prompt=generate, **options, **self._given)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise TemplateError(f"the chat template refuses the conversation: {error}") from error
-        return str(text)
 
     def _encode(self, text: str, first: bool) -> list[int]:
         """Token ids of one piece. Only a plain text (no template) gets the tokenizer's own start token."""
         special = first and self.tokenizer.chat_template is None
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def run_date(run: Run) -> date:
+    """The day a run was created, which is today for all of its prompts."""
+    return date.fromisoformat(run.created_at[:10])
+
+
+def _turn(message: Message) -> dict[str, object]:
+    """A message as templates know it; gpt-oss's calls the thoughts `thinking`."""
+    turn: dict[str, object] = {"role": message.role, "content": message.content}
+    if message.reasoning_content is not None:
+        turn |= {"reasoning_content": message.reasoning_content, "thinking": message.reasoning_content}
+    if message.tool_calls is not None:
+        turn["tool_calls"] = json.loads(message.tool_calls)
+    return turn | {name: value for name in ("tool_call_id", "name") if (value := getattr(message, name)) is not None}
+
+
+def _last_index(messages: Sequence[Message]) -> int:
+    return max(i for i, m in enumerate(messages) if m.role == "assistant")

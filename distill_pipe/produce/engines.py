@@ -4,7 +4,7 @@ another machine is told nothing else. Imports what an engine needs only when it 
 
 from collections.abc import Callable
 
-from distill_pipe.produce.chat import Renderer
+from distill_pipe.produce.chat import Renderer, run_date
 from distill_pipe.produce.engine import EngineOptions, TargetEngine
 from distill_pipe.produce.fake_target import ARCHITECTURE, ByteRenderer, fake_spec
 from distill_pipe.store.manifest import Run
@@ -19,7 +19,8 @@ def engine_for(target: TargetSpec, max_model_len: int, installed: Callable[[int]
 
 def start_renderer(run: Run, model: str, revision: str | None) -> Renderer:
     """The chat template and tokenizer of a run's target."""
-    return ByteRenderer() if run.spec.target.architecture == ARCHITECTURE else Renderer(model, revision)
+    return ByteRenderer() if run.spec.target.architecture == ARCHITECTURE else Renderer(
+        model, revision, run_date(run))
 
 
 def start_engine(run: Run, root: Root, model: str, revision: str | None, options: EngineOptions) -> TargetEngine:

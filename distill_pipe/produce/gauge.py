@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from distill_pipe.errors import CaptureError
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import CaptureTimes
-from distill_pipe.produce.chat import Renderer
+from distill_pipe.produce.chat import Renderer, run_date
 from distill_pipe.produce.generate import freeze, prepare
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.schedule import Work
@@ -91,7 +91,7 @@ def gauge_capture(job: Job, rounds: int) -> Gauge:
         root = LocalRoot(small.out)
         run = freeze(root, spec, small)
         engine = RecordingEngine(target.model, target.revision, run, root, job.engine)
-        renderer = Renderer(target.model, target.revision)
+        renderer = Renderer(target.model, target.revision, run_date(run))
         capture_all(engine, renderer, run, root)
         measured = []
         times = []

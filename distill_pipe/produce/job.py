@@ -80,9 +80,9 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stall_seconds: Annotated[float, Meta(gt=0)] = 1800.0
 
     @property
-    def corpus_files(self) -> tuple[Path, ...]:
-        """The corpus, one file or several, in the order given."""
-        return (Path(self.corpus),) if isinstance(self.corpus, str) else tuple(map(Path, self.corpus))
+    def corpus_files(self) -> tuple[str, ...]:
+        """The corpus, one address or several, in the order given."""
+        return (self.corpus,) if isinstance(self.corpus, str) else self.corpus
 
 
 def load_job(file: Path | None, settings: Sequence[str], options: Mapping[str, object], *,

@@ -21,6 +21,7 @@ from distill_pipe.errors import UsageError
 from distill_pipe.produce.driver import POLL_SECONDS
 from distill_pipe.produce.generate import generate
 from distill_pipe.produce.job import Job
+from distill_pipe.produce.normalise import record_of
 from distill_pipe.produce.rates import CODECS, UNITS, Rates
 from distill_pipe.produce.sample import fresh_positions, shared_prefix
 from distill_pipe.produce.worker import Progress
@@ -65,8 +66,7 @@ def run_probe(job: Job, prompts: Sequence[PlannedPrompt]) -> tuple[Probe, Rates]
     parent = existing_folder(Path(job.out).absolute().parent) if job.address else None
     with tempfile.TemporaryDirectory(prefix="distill-pipe-probe-", dir=parent) as folder:
         corpus = Path(folder, "prompts.jsonl")
-        corpus.write_bytes(b"".join(msgspec.json.encode(
-            {"id": p.prompt_id, "domain": p.domain, "messages": p.messages}) + b"\n" for p in prompts))
+        corpus.write_bytes(b"".join(msgspec.json.encode(record_of(p)) + b"\n" for p in prompts))
         small = replace(job, corpus=str(corpus), out=str(Path(folder, "dataset")), limit=None,
                         prompts_per_shard=min(job.prompts_per_shard, len(prompts)),
                         capture=replace(job.capture, hidden_codec="f32"))

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.characters import CharacterRenderer
-from distill_pipe.produce.chat import Renderer, TemplateError, TooLongError
+from distill_pipe.produce.chat import Renderer, TooLongError
 from distill_pipe.produce.corpus import read_prompts
 from distill_pipe.produce.job import Job
+from distill_pipe.produce.loss_mask import TemplateError
 from distill_pipe.store.codec import bytes_per_element
 from distill_pipe.store.plan import PlannedPrompt
 from distill_pipe.store.spec import RunSpec

@@ -22,11 +22,23 @@ _SCHEMA = pa.schema([("ordinal", pa.int64()), ("prompt_id", pa.string()), ("doma
                      ("messages", pa.string())])
 
 
-class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation. Roles are `system`, `developer`, `user`, `assistant`, `tool`."""
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation. Roles are `system`, `developer`, `user`, `assistant`, `tool`.
+
+    `reasoning_content` is what the assistant thought before it spoke. `tool_calls` (of an assistant) and `tools` (of
+    the first turn: what the conversation may call) are JSON texts, which only the chat template reads. A given response
+    that is there as context alone is not `supervised`; one that was cut off has not `ended`.
+    """
 
     role: str
     content: str
+    reasoning_content: str | None = None
+    tool_calls: str | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    tools: str | None = None
+    supervised: bool = True
+    ended: bool = True
 
 
 @dataclass(frozen=True, slots=True)
