@@ -39,7 +39,7 @@ def test_a_later_setting_goes_over_an_earlier_one() -> None:
 def test_a_file_alone_is_enough(tmp_path: Path) -> None:
     file = job_file(tmp_path, "target: t\ncorpus: c.jsonl\nout: o\nresponses: corpus\ncapture:\n  layers: []\n")
     job = load_job(file, [], {"target": None, "corpus": None})
-    assert (job.target, job.corpus_files, job.out, job.responses) == ("t", (Path("c.jsonl"),), "o", "corpus")
+    assert (job.target, job.corpus_files, job.out, job.responses) == ("t", ("c.jsonl",), "o", "corpus")
     assert job.capture.layers == ()
 
 

@@ -54,9 +54,10 @@ def test_turns_are_split_so_that_each_is_supervised_once(tmp_path: Path) -> None
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-messages = st.builds(Message, st.just("assistant"), text.filter(str.strip),
-                     reasoning_content=st.none() | text.filter(bool), tool_calls=st.sampled_from([None, CALL]), name=st.none() | text, supervised=st.booleans(),
-                     ended=st.booleans())
+messages = st.builds(
+    Message, st.just("assistant"), text.filter(str.strip), reasoning_content=st.none() | text.filter(bool),
+    tool_calls=st.sampled_from([None, CALL]), name=st.none() | text, supervised=st.booleans(), ended=st.booleans())
+
 
 
 @given(st.lists(messages, min_size=1, max_size=4), st.sampled_from([None, CALL]))

@@ -16,8 +16,9 @@ import torch
 from distill_pipe.consume.drafts.checkpoint import load_draft
 from distill_pipe.consume.drafts.draft import Draft
 from distill_pipe.errors import UsageError
-from distill_pipe.produce.chat import Renderer, TemplateError
+from distill_pipe.produce.chat import Renderer
 from distill_pipe.produce.corpus import read_prompts
+from distill_pipe.produce.loss_mask import TemplateError
 from distill_pipe.produce.replay import load_model
 from distill_pipe.produce.targets import Target as TargetModel
 from distill_pipe.produce.targets import resolve_target
@@ -144,7 +145,7 @@ def _conversations(corpus: str) -> Iterator[tuple[str, tuple[Message, ...]]]:
         yield from ((p.domain, (Message("user", p.text),)) for p in DOMAINS[corpus]() if p.held_out)
     elif Path(corpus).is_file():
         yield from ((p.domain or Path(corpus).stem, p.messages)
-                    for p in read_prompts([Path(corpus)], "target", None))
+                    for p in read_prompts([corpus], "target", None))
     else:
         raise UsageError(f"--corpus {corpus}: give {', '.join(DOMAINS)}, or a corpus file")
 
