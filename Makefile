@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test layouts loaders check schemas bench faults soak drafts clean
+.PHONY: help install demo test layouts loaders check schemas bench faults soak drafts proof clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ drafts: $(STAMP) ## Speculative decoding by vLLM itself with a draft of each kin
 
 soak: $(STAMP) ## Half an hour of kills, lost nodes, pauses and a store that throttles
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -s --fault-table build/soak.md
+
+proof: $(STAMP) ## LK losses against KL, and compact shards against exact ones: 84 trainings, hours; goes on where it stopped
+	$(BIN)/python -m jobs.proof
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo-out

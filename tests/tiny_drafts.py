@@ -7,7 +7,7 @@ Shapes: T tokens, V vocabulary, H hidden size (V = H = 32).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,4 +93,23 @@ class _TableChain:
         return self._known_VV[next_ids_A.roll(self._late)]
 
     def narrow(self, anchors_A: Tensor) -> None:
+        """Nothing is remembered."""
+
+
+class TableTarget:
+    """The bigram target fed some tokens at a time, with hidden states like those of the dataset."""
+
+    def __init__(self, temperature_of_logits: float = 1.0) -> None:
+        self._random = torch.Generator().manual_seed(0)
+        self._logits_VV = torch.from_numpy(table()) / temperature_of_logits
+
+    def reset(self) -> None:
+        """Nothing is remembered but the last token, which comes again."""
+
+    def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        rows_NV = self._logits_VV[torch.tensor(list(token_ids))]
+        noise = {n: n * torch.randn(rows_NV.shape, generator=self._random) for n in SHAPE.layers}
+        return rows_NV, noise | {4: rows_NV}
+
+    def take_back(self, tokens: int) -> None:
         """Nothing is remembered."""

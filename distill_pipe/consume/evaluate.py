@@ -35,7 +35,7 @@ from distill_pipe.consume.acceptance import RowAcceptance, row_acceptance
 from distill_pipe.consume.comparison import TailRule
 from distill_pipe.consume.drafts.checkpoint import load_draft, read_record
 from distill_pipe.consume.drafts.draft import Draft
-from distill_pipe.consume.reader import Batch, ShardReader
+from distill_pipe.consume.reader import Batch, ShardReader, Split
 from distill_pipe.errors import UsageError
 from distill_pipe.store.labels import domains
 from distill_pipe.store.manifest import Run, require_run
@@ -118,11 +118,12 @@ def evaluate(root: str | Path, draft_folder: Path, target_folder: Path, *, tempe
 
 
 def evaluate_draft(root: str | Path, draft: Draft, holdout_every: int, *, temperatures: Sequence[float] = (0.0, 1.0),
-                   tail: TailRule | None = None, batch_tokens: int = 2048) -> Evaluation:
-    """The same for a draft at hand, on every `holdout_every`-th trace."""
+                   tail: TailRule | None = None, split: Split = "heldout", batch_tokens: int = 2048) -> Evaluation:
+    """The same for a draft at hand, on every `holdout_every`-th trace, or with `split="all"` on a dataset that it was
+    not trained on."""
     store = open_root(root)
     run, labels = require_run(store), domains(store)
-    reader = ShardReader(store, layers=draft.layers, batch_tokens=batch_tokens, split="heldout",
+    reader = ShardReader(store, layers=draft.layers, batch_tokens=batch_tokens, split=split,
                          holdout_every=holdout_every)
     rule: TailRule = tail or ("sampled" if run.spec.capture.tail_samples else "bucket")
     found = [_at_temperature(draft, reader, labels, rule, temperature) for temperature in temperatures]

@@ -10,7 +10,8 @@ What vLLM 0.32 does on a CPU with a draft of each kind:
 
 (T > 0: `_expand_kernel_impl` of `cpu_triton_utils`.) On GPUs both temperatures work with `rejection_sample_method`
 "standard" and `draft_sample_method` "probabilistic"; a draft that is sampled greedily, which is vLLM's default, is
-lossless too and accepts less than the draft was trained for.
+lossless too and accepts less than the draft was trained for. For an `mtp` draft the target must be started with
+`--hf-overrides '{"num_nextn_predict_layers": 1}'`.
 """
 
 import os
@@ -68,10 +69,13 @@ def _engine(target: Target, speculative: dict[str, object]) -> Any:
     from vllm.platforms import current_platform
 
     arguments: dict[str, object] = {}
+    if speculative["method"] == "mtp":
+        # vLLM takes a target to come with its MTP layers, and looks in the target's config for their number.
+        arguments["hf_overrides"] = {"num_nextn_predict_layers": 1}
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        arguments = {"kv_cache_memory_bytes": _KV_CACHE_BYTES, "enforce_eager": True}
+        arguments |= {"kv_cache_memory_bytes": _KV_CACHE_BYTES, "enforce_eager": True}
     try:
         return LLM(model=target.model, revision=target.revision, dtype="float32", seed=0, disable_log_stats=False,
                    max_model_len=min(target.max_model_len, 1024), speculative_config=speculative, **arguments)
