@@ -6,6 +6,7 @@ Shapes: T tokens of the batch, B traces, R supervised rows, H hidden size.
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -59,10 +60,13 @@ def padding(layers: Sequence[int], run: Run, state: State | None = None) -> Batc
 def _packed_hidden(encoded: Sequence[EncodedTrace], layer: int, starts_B1: np.ndarray, run: Run) -> Tensor:
     codec, hidden_size = run.spec.capture.hidden_codec, run.spec.target.hidden_size
     dtype = _hidden_dtype(run)
-    packed_TH = torch.zeros(int(starts_B1[-1]), hidden_size, dtype=dtype)
+    # From Arrow, which uses freed memory again: what comes new from the system takes longer than some codecs.
+    memory = pa.allocate_buffer(int(starts_B1[-1]) * hidden_size * dtype.itemsize)
+    packed_TH = torch.frombuffer(memory, dtype=dtype).view(-1, hidden_size)
     for start, one in zip(starts_B1[:-1], encoded, strict=True):
-        decode_hidden(one.blobs[layer], codec, hidden_size, dtype=dtype,
-                      out_NH=packed_TH[start:start + one.trace.num_tokens - 1])
+        last = start + one.trace.num_tokens - 1
+        decode_hidden(one.blobs[layer], codec, hidden_size, dtype=dtype, out_NH=packed_TH[start:last])
+        packed_TH[last] = 0
     return packed_TH
 
 

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
+import torch.utils.dlpack
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,7 +106,7 @@ def decode_hidden(blob: HiddenBlob, codec: HiddenCodec, hidden_size: int, *, dty
         raise DamageError(f"a hidden-state blob of {len(blob.data)} bytes and {scales} scales does not hold rows of "
                           f"{width} bytes")
     planes = 2 if codec == "bf16-split" else 1
-    codes_PNW = torch.from_numpy(np.frombuffer(blob.data, np.uint8).copy()).to(device).view(planes, rows, -1)
+    codes_PNW = _bytes(blob.data).to(device).view(planes, rows, -1)
     scale_N = torch.empty(0) if blob.scale_T is None else torch.from_numpy(blob.scale_T.copy()).to(device)
     return decode_rows(CodedRows(codes_PNW.transpose(0, 1), scale_N), codec, dtype, out_NH)
 
@@ -246,6 +248,14 @@ def _blob(coded: CodedRows, codec: HiddenCodec) -> HiddenBlob:
     # tobytes alone would go over strided elements one by one, 30 times slower.
     codes_PNW = np.ascontiguousarray(coded.codes_NPW.cpu().numpy().transpose(1, 0, 2))
     return HiddenBlob(codes_PNW.tobytes(), coded.scale_N.cpu().numpy() if has_scale(codec) else None)
+
+
+def _bytes(data: bytes | memoryview) -> Tensor:
+    """Bytes as a tensor that shares their memory and must not be written to. Through Arrow, since torch warns of numpy
+    arrays that cannot be written to, and a copy of them costs as much as decoding some codecs."""
+    array = pa.UInt8Array.from_buffers(pa.uint8(), len(data), [None, pa.py_buffer(data)])
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(array)
+    return tensor
 
 
 def _chunks(rows_NH: Tensor) -> Iterator[slice]:

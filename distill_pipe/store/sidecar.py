@@ -126,8 +126,19 @@ def blobs_of(table: pa.Table, info: SidecarInfo, index: int) -> dict[int, Hidden
         scale_T = None
         if has_scale(info.codec):
             scale_T = table[scale_column(layer)][index].values.to_numpy(zero_copy_only=False)
-        blobs[layer] = HiddenBlob(memoryview(table[layer_column(layer)][index].as_buffer()), scale_T)
+        blobs[layer] = HiddenBlob(_bytes_at(table[layer_column(layer)], index), scale_T)
     return blobs
+
+
+def _bytes_at(column: pa.ChunkedArray, index: int) -> memoryview:
+    """A blob where it is: pyarrow's own scalar is a copy of it."""
+    for chunk in column.chunks:
+        if index < len(chunk):
+            _, offsets, data = chunk.buffers()
+            start, stop = np.frombuffer(offsets, np.int64, 2, 8 * (chunk.offset + index))
+            return memoryview(data if data is not None else b"")[start:stop]
+        index -= len(chunk)
+    raise IndexError(f"the sidecar has no trace {index} more")
 
 
 def check_sidecar(table: pa.Table, info: SidecarInfo, traces: Sequence[Trace]) -> None:
