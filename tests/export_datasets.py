@@ -25,9 +25,10 @@ def norm_weight(shape: Shape = SHAPE) -> np.ndarray:
     return np.random.default_rng(7).uniform(0.5, 2, shape.hidden_size).astype(np.float32)
 
 
-def normed_dataset(root: Path | str, shape: Shape = SHAPE, num_prompts: int = PROMPTS) -> Run:
-    """`make_dataset` with a final norm: `random_trace(ordinal, shape)` makes any of its traces again."""
-    run = make_dataset(root, num_prompts, shape)
+def normed_dataset(root: Path | str, shape: Shape = SHAPE, num_prompts: int = PROMPTS, seed: int = 0
+                   ) -> Run:
+    """`make_dataset` with a final norm: `random_trace(ordinal, shape, seed)` makes any of its traces again."""
+    run = make_dataset(root, num_prompts, shape, seed)
     write_final_norm(open_root(root), norm_weight(shape))
     return run
 
