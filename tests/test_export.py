@@ -23,7 +23,6 @@ from export_datasets import (
     certain_dataset,
     certain_trace,
     normed_dataset,
-    states,
     target_weights,
 )
 from safetensors.torch import load_file
@@ -439,11 +438,12 @@ def test_the_report_counts_what_was_written_and_names_layers_on_both_sides(root,
     ({"layers": (2, 10, 17, 20)}, "modelopt", {"layers": (2, 20)}, "leave it out of --layers"),
     ({"layers": (0, 2, 10, 20)}, "specforge", {}, "has no number for layer 0"),
     ({"layers": (0, 2, 10, 20)}, "automodel-eagle3", {}, "has no number for layer 0"),
-    ({"layers": (2, 10, 17, 20), "final_norm_eps": None}, "specforge", {}, "holds no RMS norm"),
+    ({"layers": (2, 10, 17, 20), "final_norm_eps": None}, "specforge", {}, "or export for a trainer that takes "),
+    ({"layers": (2, 10, 17, 20), "architecture": "OddForCausalLM"}, "deepspec", {}, "how OddForCausalLM gets from"),
     ({}, "axolotl", {"top_k": 16}, "stores 8 head entries per row, not 16: run generate with --top-k 16"),
     ({"layers": (2, 10, 17, 20)}, "deepspec", {"dtype": "f32"}, "takes hidden states as bf16, not f32"),
     ({"layers": (2, 10, 17, 20)}, "specforge", {"dtype": "fp8"}, "takes hidden states as bf16 or f32, not fp8"),
-    ({"layers": (2, 10, 17)}, "automodel-eagle3", {"draft_vocab": 10}, "run distill-pipe finalize"),
+    ({"layers": (2, 10, 17)}, "automodel-eagle3", {"draft_vocab": 10}, "statistics: run `distill-pipe finalize"),
     ({"layers": (2, 10, 17)}, "automodel-eagle3", {"draft_vocab": 65}, "must be between 2 and 64"),
     ({"layers": (2, 10, 17)}, "automodel-eagle3", {}, "give the target's folder with --target"),
     ({}, "torchspec", {}, "unknown trainer 'torchspec': give one of speculators, specforge"),
@@ -504,9 +504,3 @@ def test_a_missing_sidecar_ends_the_export_with_its_name(tmp_path) -> None:
         export(tmp_path / "dataset", "specforge", tmp_path / "out")
 
 
-def test_a_norm_that_multiplies_by_one_plus_its_weight_is_applied_as_its_family_does() -> None:
-    from distill_pipe.consume.exporters.final_norm import _ONE_PLUS_WEIGHT
-
-    assert "Gemma3ForCausalLM".startswith(_ONE_PLUS_WEIGHT)
-    assert not "LlamaForCausalLM".startswith(_ONE_PLUS_WEIGHT)
-    assert states(random_trace(0, SHAPE), 1).dtype == torch.bfloat16

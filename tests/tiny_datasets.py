@@ -34,6 +34,7 @@ class Shape:
     tail_samples: int = 4
     logprob_bits: int = 24
     prompts_per_shard: int = 4
+    architecture: str = "LlamaForCausalLM"
     final_norm_eps: float | None = None
 
 
@@ -41,7 +42,7 @@ def start_run(root: Path | str, num_prompts: int, shape: Shape = Shape(), sampli
     """Freeze a run and its plan below `root`, a folder or an address; with `sampling`, the target wrote the texts."""
     store = open_root(root)
     spec = RunSpec(
-        target=TargetSpec(name="tiny", revision="sha256:" + "0" * 64, architecture="TinyForCausalLM", dtype="float32",
+        target=TargetSpec(name="tiny", revision="sha256:" + "0" * 64, architecture=shape.architecture, dtype="float32",
                           vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_layers=shape.num_layers,
                           final_norm_eps=shape.final_norm_eps, tokenizer_sha256="0" * 64),
         corpus=CorpusSpec(files=(), prompts=num_prompts),

@@ -36,5 +36,4 @@ def trainer_layout(root: str | os.PathLike[str], trainer: str, options: ExportOp
     """
     if trainer not in LAYOUTS:
         raise UsageError(f"unknown trainer {trainer!r}: give one of {', '.join(LAYOUTS)}")
-    place = open_root(root)
-    return LAYOUTS[trainer](place, require_run(place), options)
+    return LAYOUTS[trainer](root, require_run(open_root(root)), options)

@@ -26,12 +26,11 @@ from distill_pipe.consume.exporters.automodel_cache import (
 )
 from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
-from distill_pipe.consume.exporters.layout import ExportOptions
+from distill_pipe.consume.exporters.layout import Address, ExportOptions
 from distill_pipe.consume.exporters.record import Record, Sample, padded
 from distill_pipe.consume.exporters.states import StatesLayout
 from distill_pipe.errors import UsageError
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import Root
 
 
 class _TargetConfig(msgspec.Struct, frozen=True):
@@ -48,7 +47,7 @@ class AutomodelDspark(StatesLayout):
     takes_embeddings: ClassVar[bool] = True
     notes = (MASK_NOTE,)
 
-    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         super().__init__(root, run, options)
         self.max_tokens = options.seq_length
 

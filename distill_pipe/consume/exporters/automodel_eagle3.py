@@ -12,9 +12,9 @@ Per sample of length S = `seq_length`; index t is a draft step that reads the au
 The cache is shifted: all but the states is that of the next position. `target_embeddings.safetensors` holds the
 target's embedding as float32 `weight`.
 
-What is lost: the k probabilities are renormalised, once over the head and once over the draft's vocabulary, so the
-mass outside both is given to the tokens inside. A loss on such a target has another optimum than p, and its
-acceptance rate is biased; `distill_pipe.consume.losses` has neither problem.
+What is lost: the k probabilities are renormalised over the head entries that are in the draft's vocabulary, and all
+other mass is given to them. A loss on such a target has another optimum than p, and its acceptance rate is biased;
+`distill_pipe.consume.losses` has neither problem.
 """
 
 from collections.abc import Sequence
@@ -36,15 +36,12 @@ from distill_pipe.consume.exporters.automodel_cache import (
 )
 from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
-from distill_pipe.consume.exporters.layout import ExportOptions, Layout, aux_layers, head_entries
+from distill_pipe.consume.exporters.layout import Address, ExportOptions, Layout, aux_layers, head_entries
 from distill_pipe.consume.exporters.record import Record, Sample, at_positions, padded
 from distill_pipe.consume.sparse import PADDING
+from distill_pipe.consume.vocabulary import DraftVocabulary
 from distill_pipe.errors import UsageError
-from distill_pipe.store.finalize import TOKENS
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.parquet import Limit, read_table
-from distill_pipe.store.root import Root
-from distill_pipe.store.statistics import TOKEN_SCHEMA, draft_vocabulary
 
 
 class AutomodelEagle3(Layout):
@@ -55,18 +52,16 @@ class AutomodelEagle3(Layout):
     drops_tail: ClassVar[bool] = True
     notes = (MASK_NOTE,)
 
-    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         super().__init__(root, run, options)
         self.layers = aux_layers(root, run, options, self.name, 3)
         if 0 in self.layers:
             raise UsageError(f"{self.name} has no number for layer 0, the embeddings; leave it out with --layers")
         # A draft step needs a state of t and a row of t+1.
         self.max_tokens = options.seq_length + 1
-        self._selected_D = _selected(root, run, options.draft_vocab)
-        self._draft_id_V = torch.full((run.spec.target.vocab_size,), PADDING)
-        self._draft_id_V[self._selected_D] = torch.arange(len(self._selected_D))
+        self._vocabulary = _vocabulary(root, run, options.draft_vocab)
         # As many as the whole vocabulary would mean the other layout, `target_probs`.
-        self.top_k = min(head_entries(root, run, options), len(self._selected_D) - 1)
+        self.top_k = min(head_entries(root, run, options), self._vocabulary.size - 1)
 
     @property
     def layer_ids(self) -> list[int]:
@@ -89,7 +84,7 @@ class AutomodelEagle3(Layout):
 
     def item(self, sample: Sample) -> Sample:
         values_Sk, indices_Sk = sample["target_probs_values"], sample["target_probs_indices"].long()
-        full_SD = values_Sk.new_zeros(len(values_Sk), len(self._selected_D)).scatter_(1, indices_Sk, values_Sk)
+        full_SD = values_Sk.new_zeros(len(values_Sk), self._vocabulary.size).scatter_(1, indices_Sk, values_Sk)
         kept = {name: tensor for name, tensor in sample.items() if not name.startswith("target_probs_")}
         return kept | {"target_probs": full_SD}
 
@@ -97,7 +92,7 @@ class AutomodelEagle3(Layout):
         """Per row the k largest probabilities over the draft's vocabulary, their numbers, and whether the likeliest
         token is in it. A row with fewer repeats its first, which changes nothing when it is scattered."""
         ids_RK, logprobs_RK = record.target.topk_ids_RK, record.target.topk_logprobs_RK
-        draft_RK = torch.where(ids_RK == PADDING, PADDING, self._draft_id_V[ids_RK.clamp(min=0)])
+        draft_RK = torch.where(ids_RK == PADDING, PADDING, self._vocabulary.t2d_V[ids_RK.clamp(min=0)])
         masked_RK = torch.where(draft_RK == PADDING, -torch.inf, logprobs_RK)
         kept_Rk, order_Rk = masked_RK.topk(min(self.top_k, masked_RK.shape[1]), dim=1)
         held_Rk = kept_Rk > -torch.inf
@@ -126,24 +121,18 @@ class AutomodelEagle3(Layout):
             save_tensors(path, {"weight": embedding_VH.float()})
         write_manifest(folder, 2, {
             "target_model": target.name, "target_vocab_size": target.vocab_size,
-            "draft_vocab_size": len(self._selected_D), "seq_length": self.options.seq_length,
+            "draft_vocab_size": self._vocabulary.size, "seq_length": self.options.seq_length,
             "dtype": DTYPE_NAMES[self.options.dtype], "num_samples": len(inventory), "target_probs_topk": self.top_k,
             "aux_hidden_dim": target.hidden_size * len(self.layers), "aux_layer_ids": self.layer_ids,
-            "selected_token_ids": self._selected_D.tolist(), "input_data": f"distill-pipe:{self.run.fingerprint}"})
+            "selected_token_ids": self._vocabulary.d2t_D.tolist(),
+            "input_data": f"distill-pipe:{self.run.fingerprint}"})
 
 
-def _selected(root: Root, run: Run, size: int | None) -> Tensor:
-    """The draft's vocabulary as rising target ids, `[D]`: the tokens of largest mass, by the dataset's statistics."""
+
+def _vocabulary(root: Address, run: Run, size: int | None) -> DraftVocabulary:
     vocab_size = run.spec.target.vocab_size
     if size is None or size == vocab_size:
-        return torch.arange(vocab_size)
+        return DraftVocabulary.from_ids(torch.arange(vocab_size), vocab_size)
     if not 2 <= size < vocab_size:
         raise UsageError(f"--draft-vocab {size} must be between 2 and {vocab_size}, the target's vocabulary")
-    if root.size(TOKENS) is None:
-        raise UsageError(f"{root} has no token statistics to choose a draft vocabulary by: run distill-pipe finalize")
-    with root.fetched(TOKENS) as path:
-        table = read_table(path, TOKEN_SCHEMA, dict.fromkeys(TOKEN_SCHEMA.names, Limit(vocab_size)))
-    chosen = torch.from_numpy(draft_vocabulary(table, size)).long()
-    if len(chosen) < size:
-        raise UsageError(f"only {len(chosen)} tokens occur in {root}: give --draft-vocab {len(chosen)} or less")
-    return chosen
+    return DraftVocabulary.from_dataset(root, size)

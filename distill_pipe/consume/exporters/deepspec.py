@@ -20,11 +20,10 @@ import torch
 
 from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
-from distill_pipe.consume.exporters.layout import Dtype, ExportOptions
+from distill_pipe.consume.exporters.layout import Address, Dtype, ExportOptions
 from distill_pipe.consume.exporters.record import Record, Sample
 from distill_pipe.consume.exporters.states import StatesLayout, paired_tokens
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import Root
 
 _INDEX = struct.Struct("<QIIQQQQQ")
 
@@ -37,7 +36,7 @@ class DeepSpec(StatesLayout):
     dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16",)
     takes_embeddings: ClassVar[bool] = True
 
-    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         super().__init__(root, run, options)
         self._target = run.spec.target.name if options.target is None else str(options.target)
         self.notes = (f"the trainer's model.target_model_name_or_path has to read {self._target}; --target changes it",)

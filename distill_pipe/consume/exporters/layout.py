@@ -6,6 +6,7 @@ writing the files that are not there. Layers are canonical everywhere in this pa
 calls them.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -17,8 +18,8 @@ from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.record import Record, Sample
 from distill_pipe.errors import UsageError
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import Root
 
+Address = str | os.PathLike[str]
 Dtype = Literal["bf16", "f32", "fp8"]
 _DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -60,7 +61,7 @@ class Layout:
     # True where the mass outside the head gets lost.
     drops_tail: ClassVar[bool] = False
 
-    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         if options.dtype not in self.dtypes:
             raise UsageError(f"{self.name} takes hidden states as {' or '.join(self.dtypes)}, not {options.dtype}")
         self.root, self.run, self.options = root, run, options
@@ -95,7 +96,7 @@ class Layout:
         """Write what a loader needs beside the samples, once they are all there."""
 
 
-def aux_layers(root: Root, run: Run, options: ExportOptions, trainer: str, number: int | None = None
+def aux_layers(root: Address, run: Run, options: ExportOptions, trainer: str, number: int | None = None
                ) -> tuple[int, ...]:
     """The auxiliary layers of an export, rising: those asked for, or all stored ones but the last.
 
@@ -118,7 +119,7 @@ def aux_layers(root: Root, run: Run, options: ExportOptions, trainer: str, numbe
     return layers
 
 
-def last_layer(root: Root, run: Run, trainer: str) -> int:
+def last_layer(root: Address, run: Run, trainer: str) -> int:
     """The canonical number of the state before the final norm.
 
     Raises:
@@ -131,7 +132,7 @@ def last_layer(root: Root, run: Run, trainer: str) -> int:
     return last
 
 
-def head_entries(root: Root, run: Run, options: ExportOptions) -> int:
+def head_entries(root: Address, run: Run, options: ExportOptions) -> int:
     """How many head entries of a row are exported.
 
     Raises:

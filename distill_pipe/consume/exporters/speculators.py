@@ -21,11 +21,10 @@ from torch import Tensor
 from distill_pipe.consume.exporters.arrow_folder import write_state, write_stream
 from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
-from distill_pipe.consume.exporters.layout import Dtype, ExportOptions, Layout, aux_layers, last_layer
+from distill_pipe.consume.exporters.layout import Address, Dtype, ExportOptions, Layout, aux_layers, last_layer
 from distill_pipe.consume.exporters.record import Record, Sample
 from distill_pipe.consume.exporters.states import paired_tokens
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import Root
 from distill_pipe.store.trace import Trace
 
 _SCALES = "hidden_states_scales"
@@ -40,7 +39,7 @@ class Speculators(Layout):
     name: ClassVar[str] = "speculators"
     dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16", "f32", "fp8")
 
-    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         super().__init__(root, run, options)
         self.aux = aux_layers(root, run, options, self.name)
         self.layers = (*self.aux, last_layer(root, run, self.name))

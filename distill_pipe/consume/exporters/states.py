@@ -8,14 +8,13 @@ Shapes: S positions, L auxiliary layers, H hidden size.
 
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from distill_pipe.consume.exporters.final_norm import FinalNorm
-from distill_pipe.consume.exporters.layout import ExportOptions, Layout, aux_layers, last_layer
+from distill_pipe.consume.exact import final_norm
+from distill_pipe.consume.exporters.layout import Address, ExportOptions, Layout, aux_layers, last_layer
 from distill_pipe.consume.exporters.record import Record
 from distill_pipe.errors import UsageError
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import Root
 
 
 class StatesLayout(Layout):
@@ -25,14 +24,14 @@ class StatesLayout(Layout):
     aux_count: ClassVar[int | None] = None
     takes_embeddings: ClassVar[bool] = False
 
-    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         super().__init__(root, run, options)
         self.aux = aux_layers(root, run, options, self.name, self.aux_count)
         if 0 in self.aux and not self.takes_embeddings:
             raise UsageError(f"{self.name} has no number for layer 0, the embeddings; leave it out with --layers")
         self.last = last_layer(root, run, self.name)
         self.layers = (*self.aux, self.last)
-        self._norm = FinalNorm(root, run)
+        self._norm = _norm_of(root)
 
     @property
     def layer_ids(self) -> list[int]:
@@ -44,7 +43,16 @@ class StatesLayout(Layout):
 
     def last_SH(self, record: Record) -> Tensor:  # noqa: N802 - a shape
         """The last state, behind the final norm."""
-        return self._norm(record.hidden[self.last]).to(self.dtype)
+        normed_SH: Tensor = self._norm(record.hidden[self.last].float())
+        return normed_SH.to(self.dtype)
+
+
+def _norm_of(root: Address) -> nn.RMSNorm:
+    try:
+        return final_norm(root)
+    except UsageError as error:
+        raise UsageError(f"{error}; or export for a trainer that takes the last state before the norm (speculators)"
+                         ) from error
 
 
 def paired_tokens(record: Record) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from distill_pipe.consume.exporters.arrow_folder import write_state, write_stream
 from distill_pipe.consume.exporters.inventory import Inventory
-from distill_pipe.consume.exporters.layout import ExportOptions, Layout, head_entries
+from distill_pipe.consume.exporters.layout import Address, ExportOptions, Layout, head_entries
 from distill_pipe.consume.exporters.record import Record, Sample
 from distill_pipe.consume.sparse import PADDING
 from distill_pipe.store.manifest import Run
-from distill_pipe.store.root import Root
 
 IGNORED = -100
 _KINDS = {torch.int64: pa.int32(), torch.int32: pa.int32(), torch.int8: pa.int8(), torch.float32: pa.float32()}
@@ -30,7 +29,7 @@ class TokenRows(Layout):
     samples_per_file: ClassVar[int] = 128
     drops_tail: ClassVar[bool] = True
 
-    def __init__(self, root: Root, run: Run, options: ExportOptions) -> None:
+    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         super().__init__(root, run, options)
         self.top_k = head_entries(root, run, options)
 
