@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 # The log of no probability at all. Finite, so that a row without anything else is a large number and never inf - inf.
 LOG_NOTHING = -1e30
 # On a CPU a piece and its softmax stay in the cache, with rows enough for several threads; a GPU wants large kernels.
-_CPU_PIECE_BYTES, _DEVICE_PIECE_BYTES = 1 << 22, 1 << 28
+_CPU_PIECE_BYTES, _DEVICE_PIECE_BYTES = 1 << 23, 1 << 28
 
 
 @dataclass(frozen=True, slots=True, eq=False)
