@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill_pipe.consume import (
     DraftVocabulary,
+    FusedLogits,
     LossOutput,
     SparseTarget,
     kl_loss,
@@ -299,6 +300,37 @@ def test_bfloat16_logits_under_autocast_are_computed_in_float32(name: str) -> No
     assert output.loss.dtype == torch.float32
     assert torch.equal(output.loss, plain.loss)
     assert grad_RV.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tail", RULES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_waits_for_the_device_or_reads_a_value_on_the_host(name: str, tail: str) -> None:
+    # Tensors of the device `meta` have no values, so whoever asks for one fails.
+    target = sparse(ordinary_rows()[0]).to("meta")
+    half = DraftVocabulary.from_ids(torch.arange(20), 40).to("meta")
+    weight_DH = torch.zeros(20, 8, device="meta", requires_grad=True)
+    for draft in (torch.zeros(6, 20, device="meta", requires_grad=True),
+                  FusedLogits(torch.zeros(6, 8, device="meta"), weight_DH, chunk_rows=4)):
+        for temperature in (1.0, 0.5):
+            LOSSES[name](draft, target, tail=tail, vocabulary=half, temperature=temperature).loss.backward()
+    assert weight_DH.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_losses_over_whole_vocabularies_are_those_of_speculators() -> None:
+    eager = pytest.importorskip("speculators.losses.eager")
+    target_RV, draft_RV = ordinary_rows()
+    theirs = {"kl": eager.kl_div_loss, "reverse_kl": eager.reverse_kl_div_loss, "tv": eager.tv_loss,
+              "lk_alpha": eager.neg_log_acceptance_loss, "lk_hybrid": eager.lk_hybrid_loss}
+    for name, loss in theirs.items():
+        # Their lambda is each token's own.
+        options = {"per_token": True} if name == "lk_hybrid" else {}
+        output, grad_RV = run(name, draft_RV, whole(target_RV), **options)
+        leaf_1RV = draft_RV[None].clone().requires_grad_()
+        expected = loss(leaf_1RV, target_RV[None]).mean()
+        expected.backward()
+        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5), name
+        assert torch.allclose(grad_RV, leaf_1RV.grad[0], atol=1e-6), name
 
 
 @pytest.mark.parametrize("top_k", [5, 40])

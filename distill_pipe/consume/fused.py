@@ -64,7 +64,8 @@ class FusedLogits:
     def dtype(self) -> torch.dtype:
         """The type of the logits."""
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight_DH.dtype
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if cast else self.weight_DH.dtype
 
     def __getitem__(self, rows: slice) -> "FusedLogits":
         return FusedLogits(self.states_RH[rows], self.weight_DH, self.bias_D, self.chunk_rows)
@@ -118,14 +119,13 @@ class _FusedLookUp(torch.autograd.Function):
 
 
 class _Head:
-    """An lm_head in the type it is multiplied in, whatever autocast says where the product happens."""
+    """An lm_head in the type it is multiplied in, which is autocast's in the backward pass too, where it is not on."""
 
     def __init__(self, weight_DH: Tensor, bias_D: Tensor | None, dtype: torch.dtype) -> None:
         self.weight_DH, self._bias_D = weight_DH.to(dtype), None if bias_D is None else bias_D.to(dtype)
 
     def logits(self, states_CH: Tensor) -> Tensor:
-        with torch.autocast(states_CH.device.type, enabled=False):
-            return functional.linear(states_CH.to(self.weight_DH.dtype), self.weight_DH, self._bias_D)
+        return functional.linear(states_CH.to(self.weight_DH.dtype), self.weight_DH, self._bias_D)
 
 
 def _chunks(states_RH: Tensor, chunk_rows: int) -> Iterator[slice]:
