@@ -5,20 +5,31 @@ The target of these tests is a bigram table (see tiny_drafts), which a draft can
 
 import json
 import multiprocessing
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_datasets import Shape, make_dataset
-from tiny_drafts import CONFIG, TableDraft, one_batch, table, write_bigrams, write_target
+from tiny_drafts import CONFIG, SHAPE, TableDraft, one_batch, table, write_bigrams, write_target
+from torch.distributed import ProcessGroup
 
-from distill_pipe.consume import ShardReader
+from distill_pipe.consume import Batch, ShardReader
 from distill_pipe.consume.acceptance import heldout_acceptance
-from distill_pipe.consume.drafts.checkpoint import DRAFTS, load_draft
+from distill_pipe.consume.drafts.checkpoint import DRAFTS, load_draft, new_draft
+from distill_pipe.consume.drafts.target_files import read_config
 from distill_pipe.consume.objective import Objective, batch_loss, exact_rows
 from distill_pipe.consume.ranks import join_group, leave_group
-from distill_pipe.consume.train import Step, TrainSettings, frequent_vocabulary, learning_rate_share, train
+from distill_pipe.consume.train import (
+    Step,
+    TrainSettings,
+    average_gradients,
+    frequent_vocabulary,
+    learning_rate_share,
+    train,
+)
 from distill_pipe.errors import MismatchError, UsageError
 
 LOSSES = ("kl", "reverse-kl", "tv", "lk-alpha", "lk-hybrid", "expected-length")
@@ -143,14 +154,29 @@ def test_a_training_saved_with_other_settings_is_not_continued(root, target, tmp
         train(root, target, settings(), checkpoint_every=2)
 
 
+def gradients_of(batches: list[Batch], target: Path, group: ProcessGroup | None) -> dict[str, torch.Tensor]:
+    """The gradient of the mean KL of the first position over the rows of all batches, or of all ranks' one batch."""
+    torch.manual_seed(0)
+    draft = new_draft("eagle3", read_config(target), (1, 2), 1, None, target)
+    found = [batch_loss(draft, batch, Objective(loss="kl"), group=group) for batch in batches]
+    rows = sum(f.rows for f in found)
+    torch.stack([f.loss * f.rows / rows for f in found]).sum().backward()
+    weights = {name: w for name, w in draft.named_parameters() if w.requires_grad}
+    if group is not None:
+        average_gradients(list(weights.values()), group)
+    return {name: w.grad for name, w in weights.items()}
+
+
 def train_rank(rank: int, ranks: int, meeting: Path, root: Path, target: Path, out: Path) -> None:
     torch.set_num_threads(1)
     group = join_group(rank, ranks, meeting)
+    batches = list(islice(ShardReader(root, layers=SHAPE.layers, batch_tokens=100), ranks))
+    save_file(gradients_of([batches[rank]], target, group), out / f"gradients-{rank}.safetensors")
     train(root, target, settings(steps=4, batch_tokens=64, epochs=1), out=out / str(rank), group=group)
     leave_group()
 
 
-def test_ranks_train_the_same_draft_and_one_of_them_writes_it(root, target, tmp_path) -> None:
+def test_ranks_step_with_the_gradient_of_all_their_rows_and_one_of_them_writes(root, target, tmp_path) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=train_rank, args=(rank, 2, tmp_path / "meeting", root, target, tmp_path))
              for rank in range(2)]
@@ -163,6 +189,11 @@ def test_ranks_train_the_same_draft_and_one_of_them_writes_it(root, target, tmp_
     finally:
         for process in ranks:
             process.kill()
+    batches = list(islice(ShardReader(root, layers=SHAPE.layers, batch_tokens=100), 2))
+    expected = gradients_of(batches, target, None)
+    for rank in range(2):
+        for name, gradient in load_file(tmp_path / f"gradients-{rank}.safetensors").items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-6), name
     assert (tmp_path / "0" / "model.safetensors").exists()
     assert not (tmp_path / "1").exists()
 

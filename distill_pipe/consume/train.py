@@ -211,13 +211,13 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(found.loss)
         if self._group is not None:
-            _average_gradients(list(self.weights.values()), self._group)
+            average_gradients(list(self.weights.values()), self._group)
         torch.nn.utils.clip_grad_norm_(self.weights.values(), self._settings.clip)
         self.optimizer.step()
         return found
 
 
-def _average_gradients(weights: list[Tensor], group: dist.ProcessGroup) -> None:
+def average_gradients(weights: list[Tensor], group: dist.ProcessGroup) -> None:
     """The mean over ranks, which is the gradient of all rows: see `ranks`."""
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
     flat = torch.cat([g.flatten() for g in gradients])

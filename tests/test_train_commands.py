@@ -1,0 +1,96 @@
+"""Catches a training command that says something else than it did, or that several processes started by torchrun
+do not share."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_drafts import write_bigrams, write_target
+
+from distill_pipe.cli import main
+
+Cli = Callable[..., tuple[int, str, str]]
+LITTLE = ("--steps", 12, "--positions", 2, "--batch-tokens", 128, "--lr", 0.01)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bigrams(tmp_path_factory.mktemp("bigrams"))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Call `distill-pipe` in this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["distill-pipe", *map(str, args)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        captured = capsys.readouterr()
+        return int(done.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_the_command_trains_what_it_was_told_and_prints_it(cli, root, target, tmp_path) -> None:
+    code, out, err = cli("train", root, "--target", target, "--arch", "mtp", "--loss", "lk-alpha", "--tail", "bucket",
+                         "--draft-vocab", 20, "--out", tmp_path, "--json", *LITTLE)
+    found = json.loads(out)
+    assert (code, found["steps"], found["draft_vocab"], len(found["after"])) == (0, 12, 20, 2)
+    assert json.loads((tmp_path / "draft.json").read_text())["arch"] == "mtp"
+    assert err.splitlines()[-1].startswith("100%  step 12  loss ")
+    code, out, err = cli("train", root, "--target", target, *LITTLE)
+    assert code == 0
+    assert all(word in out for word in ("position", "held-out alpha before", "certified between"))
+    assert "12 steps over" in err
+
+
+def test_a_table_of_an_evaluation_has_every_domain_and_length(cli, root, target, tmp_path) -> None:
+    cli("train", root, "--target", target, "--out", tmp_path, *LITTLE)
+    code, out, err = cli("evaluate", root, "--draft", tmp_path, "--target", target, "--temperature", 1)
+    assert code == 0
+    assert all(word in out for word in ("general", "code", "all", "tau", "certified between"))
+    assert "T = 1: the text is a sample of the target" in err
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--kl-share", "2"], "kl-share"),
+    (["--checkpoint-every", "5"], "--out"),
+    (["--draft-vocab", "0"], "draft-vocab"),
+])
+def test_a_bad_option_is_named(cli, root, target, options, says) -> None:
+    code, out, err = cli("train", root, "--target", target, *LITTLE, *options)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+def test_logs_without_tensorboard_are_refused_in_one_line(cli, root, target, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, _, err = cli("train", root, "--target", target, "--log-dir", tmp_path / "logs", *LITTLE)
+    assert (code, err.splitlines()) == (2, ["error: --log-dir needs TensorBoard: pip install tensorboard"])
+
+
+def test_logs_hold_loss_rate_and_acceptance_of_each_position(cli, root, target, tmp_path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert cli("train", root, "--target", target, "--log-dir", tmp_path, *LITTLE)[0] == 0
+    logged = events.EventAccumulator(str(tmp_path)).Reload()
+    assert set(logged.Tags()["scalars"]) == {"loss", "lr", "alpha/1", "alpha/2"}
+    assert [event.step for event in logged.Scalars("loss")] == list(range(1, 13))
+
+
+def test_torchrun_starts_ranks_that_print_once(root, target, tmp_path) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
+            sys.executable, "-m", "distill_pipe.cli", "train", root, "--target", target, "--out", tmp_path, "--json",
+            *LITTLE]
+    done = subprocess.run([str(part) for part in line], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert (found["steps"], (tmp_path / "model.safetensors").exists()) == (12, True)
