@@ -96,8 +96,13 @@ def open_root(uri: str | os.PathLike[str]) -> Root:
         return LocalRoot(text)
     if scheme[1].lower() == "file":
         return LocalRoot(text[len("file://"):])
+    if scheme[1].lower() == "hf":
+        from distill_pipe.store.hub_root import HubRoot
+
+        return HubRoot(text)
     if scheme[1].lower() not in _OBJECT_STORES:
-        raise UsageError(f"{text}: a dataset's place is a folder, or starts with {', '.join(_OBJECT_STORES)} and ://")
+        raise UsageError(f"{text}: a dataset's place is a folder, or starts with {', '.join(_OBJECT_STORES)} or hf, "
+                         "and ://")
     from distill_pipe.store.object_root import ObjectRoot
 
     return ObjectRoot(text)
