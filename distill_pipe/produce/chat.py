@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.loss_mask import TemplateError, cut_at_turns
+from distill_pipe.produce.template import ChatTemplate, Rendered
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import Message
 from distill_pipe.store.spec import Responses, RunSpec
@@ -66,7 +67,8 @@ class Renderer:
         self._special = set(self.tokenizer.all_special_ids) | {
             i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         self._marks = _GENERATION_MARK.search(str(self.tokenizer.chat_template or "")) is not None
-        self._given = {} if today is None else {"strftime_now": today.strftime}
+        self._template = None if self.tokenizer.chat_template is None else ChatTemplate(
+            str(self.tokenizer.get_chat_template()), self.tokenizer.special_tokens_map, today)
 
     def render(self, messages: Sequence[Message], responses: Responses) -> RenderedPrompt:
         """Render one conversation.
@@ -121,11 +123,9 @@ class Renderer:
         """Compare with the template's own marks. Only texts can be compared: tokens differ where pieces meet."""
         if not all(m.supervised for m in messages):
             return
-        marked = self._apply(messages[:_last_index(messages) + 1], generate=False, tokenize=True, return_dict=True,
-                             return_assistant_tokens_mask=True)
-        pairs = zip(marked["input_ids"], marked["assistant_masks"], strict=True)
-        theirs, ours = ([token for token, said in pairs if said],
-                        [token for token, said in zip(token_ids, mask, strict=True) if said])
+        marked = self._render(messages[:_last_index(messages) + 1], generate=False).marked
+        theirs = [token for text in marked for token in self._encode(text, first=False)]
+        ours = [token for token, said in zip(token_ids, mask, strict=True) if said]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (theirs, ours)]
         if texts[0] != texts[1]:
             raise TemplateError("the template's own generation marks name other words of the assistant "
@@ -137,24 +137,17 @@ class Renderer:
         return ends[-1] + 1 if ends else len(ids)
 
     def _text(self, messages: Sequence[Message], generate: bool) -> str:
-        if self.tokenizer.chat_template is None:
-            return "".join(m.content for m in messages)
-        return str(self._apply(messages, generate, tokenize=False))
+        return "".join(m.content for m in messages) if self._template is None else self._render(messages, generate).text
 
-    def _apply(self, messages: Sequence[Message], generate: bool, **options: Any) -> Any:
-        import jinja2
-
+    def _render(self, messages: Sequence[Message], generate: bool) -> Rendered:
+        assert self._template is not None  # noqa: S101 - for the type checker
         tools = messages[0].tools if messages else None
-        try:
-            return self.tokenizer.apply_chat_template(
-                [_turn(m) for m in messages], tools=None if tools is None else json.loads(tools),
-                add_generation_prompt=generate, **options, **self._given)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise TemplateError(f"the chat template refuses the conversation: {error}") from error
+        return self._template.render([_turn(m) for m in messages], None if tools is None else json.loads(tools),
+                                     generate)
 
     def _encode(self, text: str, first: bool) -> list[int]:
         """Token ids of one piece. Only a plain text (no template) gets the tokenizer's own start token."""
-        special = first and self.tokenizer.chat_template is None
+        special = first and self._template is None
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 

@@ -173,12 +173,15 @@ def until(happened: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> 
 class Nodes:
     """A Ray cluster of several nodes, in a process of its own; see `nodes.py` for what it can be told."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, step_seconds: str) -> None:
+        self.mark = f"DISTILL_PIPE_TEST={uuid.uuid4()}"
+        name, value = self.mark.split("=")
         # Ray's sockets live there, and their paths must be short.
         self._folder = tempfile.mkdtemp(prefix="dpn-")
         line = [sys.executable, str(Path(__file__).with_name("nodes.py")), self._folder, str(count)]
         self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                         text=True, env={**os.environ, **CLUSTER_ENV})
+                                         text=True, env={**os.environ, **CLUSTER_ENV, name: value,
+                                                         "DISTILL_PIPE_FAKE_STEP_SECONDS": step_seconds})
         self.address = self._answer()
         self.count = count
 
@@ -188,11 +191,18 @@ class Nodes:
         print(command, file=self._process.stdin, flush=True)
         assert self._answer() == "ok"
 
+    def engines(self) -> list[psutil.Process]:
+        """The living processes of the cluster that hold an engine."""
+        return [p for p in marked_processes(self.mark) if "_Replica" in titled(p)]
+
     def close(self) -> None:
-        for process in psutil.Process(self._process.pid).children(recursive=True):
+        # Whatever it started has its mark, also what lost its parent.
+        for process in marked_processes(self.mark):
             process.kill()
-        self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _answer(self) -> str:
@@ -203,9 +213,9 @@ class Nodes:
 
 
 @contextmanager
-def cluster(count: int) -> Iterator[Nodes]:
+def cluster(count: int, step_seconds: str = STEP_SECONDS) -> Iterator[Nodes]:
     """A cluster that is gone afterwards."""
-    nodes = Nodes(count)
+    nodes = Nodes(count, step_seconds)
     try:
         yield nodes
     finally:

@@ -6,6 +6,7 @@ What is lost of a node's work is done again elsewhere, and blames no prompt. `ma
 import json
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    with cluster(3) as found:
+    with cluster(3, "0.06") as found:
         yield found
 
 
-def on_nodes(nodes: Nodes, undisturbed: Path, out: Path, **env: str):
+def on_nodes(nodes: Nodes, undisturbed: Path, out: Path) -> AbstractContextManager[RunningJob]:
     return running(undisturbed.with_name("c.jsonl"), out, "--workers", 3, "--set", f"address={nodes.address}",
-                   "--log-json", out.with_name("log.jsonl"), env={**CLUSTER_ENV, **env})
+                   "--log-json", out.with_name("log.jsonl"), env=CLUSTER_ENV)
 
 
 def events(out: Path, name: str) -> list[dict[str, object]]:
@@ -42,8 +43,8 @@ def events(out: Path, name: str) -> list[dict[str, object]]:
     return [event for line in lines if (event := json.loads(line))["event"] == name]
 
 
-def wait_for_engines(job: RunningJob, count: int) -> None:
-    job.wait_for(lambda: len(job.engines()) >= count)
+def wait_for_engines(job: RunningJob, nodes: Nodes, count: int = 3) -> None:
+    job.wait_for(lambda: len(nodes.engines()) >= count)
 
 
 def assert_kept(out: Path, undisturbed: Path) -> None:
@@ -56,7 +57,7 @@ def test_f20_a_node_that_is_killed_gives_its_shards_back_and_another_joins(nodes
                                                                            fault_row) -> None:
     out = tmp_path / "out"
     with on_nodes(nodes, undisturbed, out) as job:
-        wait_for_engines(job, 3)
+        wait_for_engines(job, nodes)
         job.wait_for_commits(out, 2)
         nodes.tell("lose 0")
         lost = time.monotonic()
@@ -73,8 +74,8 @@ def test_f20_a_node_that_is_killed_gives_its_shards_back_and_another_joins(nodes
 @pytest.mark.faults
 def test_f21_a_node_that_is_drained_gets_no_more_work(nodes, undisturbed, tmp_path, fault_row) -> None:
     out = tmp_path / "out"
-    with on_nodes(nodes, undisturbed, out, DISTILL_PIPE_FAKE_STEP_SECONDS="0.06") as job:
-        wait_for_engines(job, 3)
+    with on_nodes(nodes, undisturbed, out) as job:
+        wait_for_engines(job, nodes)
         job.wait_for_commits(out, 2)
         nodes.tell("drain 0")
         job.end()
@@ -89,7 +90,7 @@ def test_f24_a_node_cut_off_until_it_counts_as_dead_comes_back_to_find_its_work_
                                                                                      fault_row) -> None:
     out = tmp_path / "out"
     with on_nodes(nodes, undisturbed, out) as job:
-        wait_for_engines(job, 3)
+        wait_for_engines(job, nodes)
         job.wait_for_commits(out, 2)
         nodes.tell("freeze 0")
         job.end()
@@ -106,13 +107,13 @@ def test_f26_when_the_head_dies_engines_end_by_themselves_and_a_new_cluster_cont
                                                                                       fault_row) -> None:
     out = tmp_path / "out"
     with on_nodes(nodes, undisturbed, out) as job:
-        wait_for_engines(job, 3)
+        wait_for_engines(job, nodes)
         job.wait_for_commits(out, 2)
         nodes.tell("behead")
         beheaded = time.monotonic()
         job.process.wait(ORPHAN_SECONDS + 120)
         assert job.process.returncode != 0
-        while job.engines():
+        while nodes.engines():
             assert time.monotonic() < beheaded + 2 * ORPHAN_SECONDS
             time.sleep(1)
     with cluster(2) as heirs, on_nodes(heirs, undisturbed, out) as job:
@@ -133,7 +134,7 @@ def test_f20_a_node_killed_in_the_middle_of_a_run_of_the_real_engine(tmp_path, f
     with cluster(2) as found, running(corpus, out, "--workers", 2, "--set", f"address={found.address}", "--log-json",
                                       out.with_name("log.jsonl"), env=CLUSTER_ENV, settings=settings) as job:
         job.wait_for_commits(out, 3)
-        wait_for_engines(job, 2)
+        wait_for_engines(job, found, 2)
         found.tell("lose 0")
         job.process.wait(900)
         assert job.process.returncode == 0, job.says()

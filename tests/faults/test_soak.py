@@ -19,7 +19,7 @@ from distill_pipe.store.manifest import require_run, shard_name
 from distill_pipe.store.root import open_root
 from distill_pipe.store.shard import read_main
 from distill_pipe.store.verify import verify
-from faults.jobs import CLUSTER_ENV, Nodes, RunningJob, cluster, running
+from faults.jobs import CLUSTER_ENV, Nodes, RunningJob, cluster, running, until
 from faults.proxy import Fault, Head, Proxy
 from faults.seaweed import Seaweed
 
@@ -40,7 +40,7 @@ class Weather:
     def strike(self, job: RunningJob) -> None:
         time.sleep(self._luck.uniform(1, 9))
         what = self._luck.choice(["worker", "worker", "worker", "stop", "node", "throttle", "driver"])
-        engines = job.engines()
+        engines = self._nodes.engines()
         if what in ("worker", "stop") and not engines:
             return
         if what == "worker":
@@ -93,7 +93,7 @@ def test_f52_half_an_hour_of_kills_lost_nodes_pauses_and_throttling(tmp_path, se
                 while job.alive and time.monotonic() < ends:
                     weather.strike(job)
                 job.end(0, 7, -9)
-                job.wait_until_gone()
+                until(lambda: not nodes.engines())
     proxy.rule = lambda _: None
     given_up = sum(assert_kept(out, calm) for out in outs)
     injections = sum(weather.done.values())
