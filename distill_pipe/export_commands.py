@@ -40,7 +40,7 @@ def export(  # noqa: PLR0913 - one option per setting of the trainers' formats
     dtype: Annotated[StateDtypes, typer.Option(help="Hidden states; fp8 for speculators alone.")] = StateDtypes.bf16,
     top_k: Annotated[int | None, typer.Option(help="Head entries per row, at most [all stored].")] = None,
     seq_length: Annotated[int, typer.Option(min=2, help="Tokens per sample of automodel-*.")] = 2048,
-    draft_vocab: Annotated[int | None, typer.Option(help="Tokens of the draft's vocabulary, for automodel-eagle3 [all]."
+    draft_vocab: Annotated[int | None, typer.Option(help="Tokens of the draft's vocabulary [the target's]."
                                                     )] = None,
     target: TargetFolder = None,
     as_json: Json = False,

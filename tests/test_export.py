@@ -32,6 +32,7 @@ from distill_pipe.consume import ShardReader
 from distill_pipe.consume.adapters import TrainerSamples, trainer_layout
 from distill_pipe.consume.export import RECORD, ExportReport, export
 from distill_pipe.consume.exporters import LAYOUTS, ExportOptions
+from distill_pipe.consume.vocabulary import DraftVocabulary
 from distill_pipe.errors import DamageError, MismatchError, StorageFullError, UsageError
 from distill_pipe.store.finalize import finalize
 from distill_pipe.store.manifest import Run
@@ -243,6 +244,23 @@ def test_a_draft_vocabulary_keeps_its_own_tokens_and_masks_rows_that_lead_out_of
     assert min(inside) > 10
 
 
+def test_a_draft_vocabulary_of_the_largest_mass_comes_as_the_trainer_stores_it(root, tmp_path) -> None:
+    chosen = DraftVocabulary.from_dataset(root, 20).d2t_D
+    options = ExportOptions(draft_vocab=20)
+    found = []
+    for trainer in ("specforge", "angelslim"):
+        export(root, trainer, tmp_path / trainer, options)
+        found.append(torch.load(tmp_path / trainer / "vocab_mapping.pt", weights_only=True))
+    report = export(root, "speculators", tmp_path / "speculators", options)
+    assert "d2t-20.npy" in report.notes[0]
+    found.append({name: torch.from_numpy(np.load(tmp_path / "speculators" / f"{name}-20.npy", allow_pickle=False))
+                  for name in ("d2t", "t2d")})
+    for mapping in found:
+        assert torch.equal(mapping["d2t"] + torch.arange(20), chosen)
+        assert (mapping["t2d"].dtype, mapping["t2d"].shape) == (torch.bool, (SHAPE.vocab_size,))
+        assert torch.equal(mapping["t2d"].nonzero()[:, 0], chosen)
+
+
 def test_axolotls_rows_hold_the_renormalised_head_at_the_position_it_predicts_from(exported) -> None:
     rows = datasets.load_from_disk(exported("axolotl"))
     assert {"input_ids", "attention_mask", "labels"} <= set(rows.features)
@@ -444,6 +462,8 @@ def test_the_report_counts_what_was_written_and_names_layers_on_both_sides(root,
     ({"layers": (2, 10, 17, 20)}, "deepspec", {"dtype": "f32"}, "takes hidden states as bf16, not f32"),
     ({"layers": (2, 10, 17, 20)}, "specforge", {"dtype": "fp8"}, "takes hidden states as bf16 or f32, not fp8"),
     ({"layers": (2, 10, 17)}, "automodel-eagle3", {"draft_vocab": 10}, "statistics: run `distill-pipe finalize"),
+    ({"layers": (2, 10, 17, 20)}, "modelopt", {"draft_vocab": 20}, "modelopt has no use for --draft-vocab"),
+    ({"layers": (2, 10, 17, 20)}, "specforge", {"draft_vocab": 20}, "statistics: run `distill-pipe finalize"),
     ({"layers": (2, 10, 17)}, "automodel-eagle3", {"draft_vocab": 65}, "must be between 2 and 64"),
     ({"layers": (2, 10, 17)}, "automodel-eagle3", {}, "give the target's folder with --target"),
     ({}, "torchspec", {}, "unknown trainer 'torchspec': give one of speculators, specforge"),

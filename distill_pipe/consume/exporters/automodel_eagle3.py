@@ -34,6 +34,7 @@ from distill_pipe.consume.exporters.automodel_cache import (
     write_cache_file,
     write_manifest,
 )
+from distill_pipe.consume.exporters.draft_vocabulary import chosen_vocabulary
 from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Address, ExportOptions, Layout, aux_layers, head_entries
@@ -50,6 +51,7 @@ class AutomodelEagle3(Layout):
     name: ClassVar[str] = "automodel-eagle3"
     samples_per_file: ClassVar[int] = SAMPLES_PER_SHARD
     drops_tail: ClassVar[bool] = True
+    takes_draft_vocab: ClassVar[bool] = True
     notes = (MASK_NOTE,)
 
     def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
@@ -59,7 +61,9 @@ class AutomodelEagle3(Layout):
             raise UsageError(f"{self.name} has no number for layer 0, the embeddings; leave it out with --layers")
         # A draft step needs a state of t and a row of t+1.
         self.max_tokens = options.seq_length + 1
-        self._vocabulary = _vocabulary(root, run, options.draft_vocab)
+        size, vocab_size = options.draft_vocab, run.spec.target.vocab_size
+        self._vocabulary = (DraftVocabulary.from_ids(torch.arange(vocab_size), vocab_size) if size is None
+                            else chosen_vocabulary(root, run, size))
         # As many as the whole vocabulary would mean the other layout, `target_probs`.
         self.top_k = min(head_entries(root, run, options), self._vocabulary.size - 1)
 
@@ -126,13 +130,3 @@ class AutomodelEagle3(Layout):
             "aux_hidden_dim": target.hidden_size * len(self.layers), "aux_layer_ids": self.layer_ids,
             "selected_token_ids": self._vocabulary.d2t_D.tolist(),
             "input_data": f"distill-pipe:{self.run.fingerprint}"})
-
-
-
-def _vocabulary(root: Address, run: Run, size: int | None) -> DraftVocabulary:
-    vocab_size = run.spec.target.vocab_size
-    if size is None or size == vocab_size:
-        return DraftVocabulary.from_ids(torch.arange(vocab_size), vocab_size)
-    if not 2 <= size < vocab_size:
-        raise UsageError(f"--draft-vocab {size} must be between 2 and {vocab_size}, the target's vocabulary")
-    return DraftVocabulary.from_dataset(root, size)

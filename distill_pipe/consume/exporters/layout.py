@@ -29,8 +29,8 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `layers` are the auxiliary layers, canonical (all stored ones but the last when not given). `dtype` is that of
     hidden states. `top_k` head entries per row at most (all that are stored). `seq_length` is the length that
-    trainers with fixed shapes pad and cut to, `draft_vocab` the size of their draft's vocabulary, and `target` the
-    target's folder, for those that want its embedding or head.
+    trainers with fixed shapes pad and cut to, `draft_vocab` the size of the draft's vocabulary (the target's when not
+    given), and `target` the target's folder, for those that want its embedding or head.
     """
 
     layers: tuple[int, ...] | None = None
@@ -54,6 +54,7 @@ class Layout:
     name: ClassVar[str]
     samples_per_file: ClassVar[int] = 1
     dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16", "f32")
+    takes_draft_vocab: ClassVar[bool] = False
     # The most tokens of a trace that a sample holds, where there is such a limit.
     max_tokens: int | None = None
     # What the user has to know about the files, said once.
@@ -64,6 +65,8 @@ class Layout:
     def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         if options.dtype not in self.dtypes:
             raise UsageError(f"{self.name} takes hidden states as {' or '.join(self.dtypes)}, not {options.dtype}")
+        if options.draft_vocab is not None and not self.takes_draft_vocab:
+            raise UsageError(f"{self.name} has no use for --draft-vocab")
         self.root, self.run, self.options = root, run, options
         self.dtype = _DTYPES.get(options.dtype, torch.bfloat16)
         self.layers: tuple[int, ...] = ()

@@ -2,6 +2,7 @@
 
     hidden_states/hs_{i}.safetensors   token_ids [S] int64, hidden_states [S, L+1, H]; the last slot is the last layer
     data-*.arrow and two JSON files    a dataset on disk, torch format: input_ids, loss_mask, seq_len
+    d2t-{D}.npy, t2d-{D}.npy           the draft's vocabulary, where one was asked for
 
 The trainer applies the final norm itself, so the last state is given **before** it, and its layer ids count layers as
 vLLM does, which are the canonical numbers. Its loss at position t compares with the last state at t and is weighted by
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill_pipe.consume.exporters.arrow_folder import write_state, write_stream
+from distill_pipe.consume.exporters.draft_vocabulary import chosen_vocabulary, write_numpy_vocabulary
 from distill_pipe.consume.exporters.files import save_tensors, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Address, Dtype, ExportOptions, Layout, aux_layers, last_layer
@@ -38,11 +40,15 @@ class Speculators(Layout):
 
     name: ClassVar[str] = "speculators"
     dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16", "f32", "fp8")
+    takes_draft_vocab: ClassVar[bool] = True
 
     def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
         super().__init__(root, run, options)
         self.aux = aux_layers(root, run, options, self.name)
         self.layers = (*self.aux, last_layer(root, run, self.name))
+        self._vocabulary = None if (size := options.draft_vocab) is None else chosen_vocabulary(root, run, size)
+        if self._vocabulary is not None:
+            self.notes = (f"give the trainer d2t-{size}.npy and t2d-{size}.npy as --d2t-path and --t2d-path",)
 
     @property
     def layer_ids(self) -> list[int]:
@@ -72,6 +78,8 @@ class Speculators(Layout):
         save_tensors(path, {name: tensor for name, tensor in sample.items() if name != "loss_mask"})
 
     def finish(self, folder: Path, inventory: Inventory) -> None:
+        if self._vocabulary is not None:
+            write_numpy_vocabulary(folder, self._vocabulary)
         with whole_file(folder / _STREAM) as path:
             write_stream(path, _SCHEMA, map(_paired, inventory.traces()))
         write_state(folder, [_STREAM], inventory.run.fingerprint, "torch")
