@@ -148,7 +148,7 @@ def _watchers(log_dir: Path | None) -> list[AbstractContextManager[_Watcher]]:
     if not _is_first():
         return []
     console = Console(stderr=True)
-    shown: AbstractContextManager[_Watcher] = _Bar(console) if console.is_terminal else nullcontext(_Lines())
+    shown: AbstractContextManager[_Watcher] = Bar(console) if console.is_terminal else nullcontext(_Lines())
     return [shown] if log_dir is None else [shown, _TensorBoard(log_dir)]
 
 
@@ -169,7 +169,7 @@ class _Lines:
             say(f"{step.progress:4.0%}  step {step.step}  {_facts(step)}")
 
 
-class _Bar:
+class Bar:
     """A bar on a terminal."""
 
     def __init__(self, console: Console) -> None:
@@ -177,7 +177,7 @@ class _Bar:
                              TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn(),
                              console=console)
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "Bar":
         self._bar.start()
         self._bar.add_task("training", total=1.0, step=0, facts="")
         return self

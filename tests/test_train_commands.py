@@ -1,6 +1,7 @@
 """Catches a training command that says something else than it did, or that several processes started by torchrun
 do not share."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_drafts import write_bigrams, write_target
 
 from distill_pipe.cli import main
+from distill_pipe.consume.train import Step
+from distill_pipe.train_commands import Bar
 
 Cli = Callable[..., tuple[int, str, str]]
 LITTLE = ("--steps", 12, "--positions", 2, "--batch-tokens", 128, "--lr", 0.01)
@@ -84,6 +88,14 @@ def test_logs_hold_loss_rate_and_acceptance_of_each_position(cli, root, target, 
     logged = events.EventAccumulator(str(tmp_path)).Reload()
     assert set(logged.Tags()["scalars"]) == {"loss", "lr", "alpha/1", "alpha/2"}
     assert [event.step for event in logged.Scalars("loss")] == list(range(1, 13))
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    screen = io.StringIO()
+    with Bar(Console(file=screen, force_terminal=True, width=120)) as bar:
+        bar.update(Step(step=7, progress=0.5, rows=3, loss=0.25, lr=0.1, alphas=(0.5, 0.25)))
+    assert "step 7" in screen.getvalue()
+    assert "loss 0.2500  alpha 0.500 .. 0.250" in screen.getvalue()
 
 
 def test_torchrun_starts_ranks_that_print_once(root, target, tmp_path) -> None:

@@ -25,6 +25,8 @@ POLL_SECONDS = 2.0
 
 def main() -> None:
     given = _arguments()
+    # So that trainings are stopped with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [t for t in trainings() if fnmatch.fnmatch(t.name, given.only)]
     scale = msgspec.convert({name: float(value) if "." in value else int(value) for name, value in
                              (setting.split("=", 1) for setting in given.set)}, Scale)

@@ -49,7 +49,7 @@ def run_training(training: Training, folder: Path, results: Path, scale: Scale, 
         return read_result(path)
     weights = folder / "drafts" / training.name
     settings = training.settings(scale)
-    trained = train(folder / training.dataset, target_folder, settings, out=weights, checkpoint_every=CHECKPOINT_EVERY)
+    trained = _trained(training, folder, weights, scale, target_folder)
     draft = load_draft(weights, target_folder)
     result = Result(training=training, scale=scale, trained=trained,
                     evaluation=evaluate_draft(folder / MAIN, draft, settings.holdout_every))
@@ -64,6 +64,17 @@ def run_training(training: Training, folder: Path, results: Path, scale: Scale, 
     if training.seed != KEPT_SEED:
         shutil.rmtree(weights)
     return result
+
+
+def _trained(training: Training, folder: Path, weights: Path, scale: Scale, target_folder: Path) -> TrainResult:
+    """Train, unless that was done and only the measuring was interrupted."""
+    done = weights / "trained.json"
+    if done.exists():
+        return msgspec.json.decode(done.read_bytes(), type=TrainResult)
+    trained = train(folder / training.dataset, target_folder, training.settings(scale), out=weights,
+                    checkpoint_every=CHECKPOINT_EVERY)
+    done.write_bytes(msgspec.json.encode(trained))
+    return trained
 
 
 def decode_with_target(draft: Draft, scale: Scale) -> DraftBench:
