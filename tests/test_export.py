@@ -5,7 +5,10 @@ written from their source, whose place each exporter names.
 
 import json
 import resource
+import signal
 import struct
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -524,3 +527,18 @@ def test_a_missing_sidecar_ends_the_export_with_its_name(tmp_path) -> None:
         export(tmp_path / "dataset", "specforge", tmp_path / "out")
 
 
+
+
+def test_an_export_killed_outright_is_continued(root, exported, options, tmp_path) -> None:
+    killed = f"""
+import os, signal
+from pathlib import Path
+from distill_pipe.consume.export import export
+from distill_pipe.consume.exporters import ExportOptions
+export({str(root)!r}, "specforge", {str(tmp_path / "out")!r}, ExportOptions(seq_length={SEQ}),
+       lambda done, of: os.kill(os.getpid(), signal.SIGKILL) if done == 4 else None)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "out").rglob("*.ckpt"))) == 4
+    assert export(root, "specforge", tmp_path / "out", options).files_kept == 4
+    assert contents(tmp_path / "out") == contents(exported("specforge"))

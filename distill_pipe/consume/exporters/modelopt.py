@@ -7,23 +7,22 @@ The last state is given behind the final norm: every head takes that, while only
 The trainer uses the stored mask with `answer_only_loss`; it weights the distribution at t by the mask at t.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from distill_pipe.consume.exporters.files import numbered_file, save_pickle
+from distill_pipe.consume.exporters.pickled import PickledLayout
 from distill_pipe.consume.exporters.record import Record, Sample
-from distill_pipe.consume.exporters.states import StatesLayout, paired_tokens
+from distill_pipe.consume.exporters.states import paired_tokens
 
 _IGNORED = -100
 
 
-class ModelOpt(StatesLayout):
+class ModelOpt(PickledLayout):
     """Layout of ModelOpt's dumped conversations."""
 
     name: ClassVar[str] = "modelopt"
+    suffix: ClassVar[str] = "pt"
 
     def sample(self, record: Record) -> Sample:
         token_ids_S, loss_mask_S = paired_tokens(record)
@@ -37,10 +36,3 @@ class ModelOpt(StatesLayout):
                 "aux_hidden_states": sample["aux_hidden_states"], "attention_mask": torch.ones_like(token_ids_S),
                 "loss_mask": sample["loss_mask"], "labels": labels_S,
                 "base_hidden_prenorm": sample["hidden_states_prenorm"]}
-
-    def file_name(self, first: int) -> str:
-        return numbered_file(first, 2000, "pt")
-
-    def write(self, path: Path, samples: Sequence[Sample]) -> None:
-        [sample] = samples
-        save_pickle(path, sample)

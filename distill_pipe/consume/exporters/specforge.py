@@ -10,42 +10,22 @@ t with token t+1, compares with the distribution at t+1, and weights by the mask
 index itself. Its `vocab_mapping_path` takes `vocab_mapping.pt`; without one it counts tokens itself.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
-from distill_pipe.consume.exporters.draft_vocabulary import chosen_vocabulary, write_pickled_vocabulary
-from distill_pipe.consume.exporters.files import numbered_file, save_pickle
-from distill_pipe.consume.exporters.inventory import Inventory
-from distill_pipe.consume.exporters.layout import Address, ExportOptions
+from distill_pipe.consume.exporters.pickled import PickledLayout
 from distill_pipe.consume.exporters.record import Record, Sample
-from distill_pipe.consume.exporters.states import StatesLayout, paired_tokens
-from distill_pipe.store.manifest import Run
+from distill_pipe.consume.exporters.states import paired_tokens
 
 
-class SpecForge(StatesLayout):
+class SpecForge(PickledLayout):
     """Layout of SpecForge's EAGLE-3 feature files."""
 
     name: ClassVar[str] = "specforge"
+    suffix: ClassVar[str] = "ckpt"
     aux_count: ClassVar[int | None] = 3
     takes_draft_vocab: ClassVar[bool] = True
-
-    def __init__(self, root: Address, run: Run, options: ExportOptions) -> None:
-        super().__init__(root, run, options)
-        self._vocabulary = None if (size := options.draft_vocab) is None else chosen_vocabulary(root, run, size)
 
     def sample(self, record: Record) -> Sample:
         token_ids_S, loss_mask_S = paired_tokens(record)
         return {"input_ids": token_ids_S, "loss_mask": loss_mask_S, "hidden_state": self.last_SH(record)[None],
                 "aux_hidden_state": self.aux_SW(record)[None]}
-
-    def file_name(self, first: int) -> str:
-        return numbered_file(first, 2000, "ckpt")
-
-    def finish(self, folder: Path, inventory: Inventory) -> None:  # noqa: ARG002 - the files stand for themselves
-        if self._vocabulary is not None:
-            write_pickled_vocabulary(folder, self._vocabulary)
-
-    def write(self, path: Path, samples: Sequence[Sample]) -> None:
-        [sample] = samples
-        save_pickle(path, sample)
