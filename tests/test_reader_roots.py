@@ -1,5 +1,6 @@
 """Catches a reader that knows only folders: other places, and the way of a reader into a worker process."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from distill_pipe.consume import Batch, ShardDataset, ShardReader
 from distill_pipe.errors import DamageError, UsageError
-from distill_pipe.store.manifest import shard_name
-from distill_pipe.store.root import open_root
+from distill_pipe.store.manifest import Fragment, shard_name
+from distill_pipe.store.root import Root, open_root
 
 PROMPTS = 10
 
@@ -48,3 +49,28 @@ def test_a_forked_worker_says_what_to_do_instead_of_waiting_for_ever(s3_folder: 
     loader = DataLoader(ShardReader(s3_folder), batch_size=None, num_workers=1, multiprocessing_context="fork")
     with pytest.raises(UsageError, match='multiprocessing_context="spawn"'):
         ordinals(loader)
+
+
+def test_records_are_looked_up_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distill_pipe.consume import opened
+    make_dataset(tmp_path, 40)
+    asked: list[set[int]] = []
+    busy: set[int] = set()
+    real = opened.read_fragment
+
+    def slow(root: Root, shard: int) -> Fragment | None:
+        busy.add(shard)
+        time.sleep(0.02)
+        asked.append(set(busy))
+        busy.discard(shard)
+        return real(root, shard)
+
+    monkeypatch.setattr(opened, "read_fragment", slow)
+    assert ShardReader(tmp_path).num_traces() == 40
+    assert max(map(len, asked)) > 3
+    asked.clear()
+    next(iter(ShardReader(tmp_path, dp_rank=1, dp_world=5, batch_tokens=20)))
+    assert max(map(len, asked)) > 3
+    asked.clear()
+    assert len(ShardDataset(tmp_path)) == 40
+    assert max(map(len, asked)) > 3

@@ -55,7 +55,7 @@ class ShardDataset(Dataset[Batch]):
         self._files = ShardFiles(opened, self.run, self._layers, check_hashes)
         self._opened = OpenShards(self._files.open, open_shards)
         self._shards = sorted(committed_shards(opened))
-        wanted = [self._selection.wanted(self._files.ordinals(shard)).sum() for shard in self._shards]
+        wanted = [self._selection.wanted(ordinals).sum() for ordinals in self._files.all_ordinals(self._shards)]
         self._stops = np.cumsum(np.array(wanted, np.int64))
 
     def __len__(self) -> int:

@@ -13,8 +13,8 @@ Shapes: N traces of a shard.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,6 +42,7 @@ from distill_pipe.store.sidecar import (
 from distill_pipe.store.trace import Trace
 
 _CONTENTS: Final = pa.schema([MAIN_SCHEMA.field(name) for name in ("ordinal", "loss_mask")])
+_LOOKUPS_AT_ONCE: Final = 16
 # Files whose hash was right when this process opened them first, by dataset and hash.
 _HASHED: Final[set[tuple[str, str]]] = set()
 
@@ -83,6 +84,7 @@ class ShardFiles:
         self._root, self._run, self._layers, self._check_hashes = root, run, tuple(layers), check_hashes
         self._contents: dict[int, Contents] = {}
         self._damaged: dict[int, str] = {}
+        self._sound: set[int] = set()
 
     def ordinals(self, shard: int) -> NDArray[np.int64]:
         """The ordinals of a shard's traces, in order. Where no prompt was given up on, its record says them.
@@ -94,6 +96,22 @@ class ShardFiles:
             return self._contents[shard].ordinals_N
         recorded_N = _recorded_ordinals(self._fragment(shard))
         return self._read_contents(shard).ordinals_N if recorded_N is None else recorded_N
+
+    def all_ordinals(self, shards: Sequence[int]) -> list[NDArray[np.int64]]:
+        """`ordinals` of many shards, several at once: in an object store each is a request."""
+        with ThreadPoolExecutor(_LOOKUPS_AT_ONCE) as pool:
+            return list(pool.map(self.ordinals, shards))
+
+    def look_up(self, shards: Sequence[int]) -> None:
+        """Have the `contents` of these shards at hand. What is wrong with one is raised in its turn."""
+        def quietly(shard: int) -> None:
+            with suppress(DamageError):
+                self.contents(shard)
+
+        unknown = [shard for shard in shards if shard not in self._contents]
+        if len(unknown) > 1:
+            with ThreadPoolExecutor(_LOOKUPS_AT_ONCE) as pool:
+                list(pool.map(quietly, unknown))
 
     def contents(self, shard: int) -> Contents:
         """Which traces a shard holds, and how long they are: from its record, or else from two small columns.
@@ -140,7 +158,7 @@ class ShardFiles:
         """
         if shard in self._damaged:
             raise DamageError(self._damaged[shard])
-        if shard not in self._contents:
+        if shard not in self._sound:
             try:
                 opened = self.open(shard)
                 for row in range(len(opened.traces)):
@@ -149,7 +167,8 @@ class ShardFiles:
             except DamageError as error:
                 self._damaged[shard] = str(error)
                 raise
-        return self._contents[shard]
+            self._sound.add(shard)
+        return self.contents(shard)
 
     def _read_contents(self, shard: int) -> Contents:
         with self._main(shard) as (path, info, _):

@@ -95,13 +95,14 @@ class EpochOrder:
     Args:
         shards: the numbers of the shards, in ascending order.
         contents: looks a shard up; called when its turn comes, and again when it is needed again.
+        look_up: where given, called with the shards of a round before that, so that they are looked up together.
     """
 
-    def __init__(self, shards: Sequence[int], contents: Callable[[int], Contents], selection: Selection,
-                 epoch: int) -> None:
+    def __init__(self, shards: Sequence[int], contents: Callable[[int], Contents], selection: Selection, epoch: int,
+                 look_up: Callable[[Sequence[int]], None] | None = None) -> None:
         shuffled = np.random.default_rng([selection.seed, epoch]).permutation(np.array(shards, np.int64))
         self.shards: list[int] = shuffled.tolist()
-        self._contents, self._selection, self._epoch = contents, selection, epoch
+        self._contents, self._look_up, self._selection, self._epoch = contents, look_up, selection, epoch
 
     def rows(self, position: int) -> NDArray[np.int64]:
         """Which rows of the shard at `position` belong to the split, in the order in which they come."""
@@ -162,6 +163,8 @@ class EpochOrder:
         cut = _Cut(self, cursor.shard, cursor.trace, self._selection.batch_tokens)
         # The shard with the open batch was counted in the round before.
         looked_at = -1 if cursor.trace else 0
+        if self._look_up is not None:
+            self._look_up(self.shards[cursor.shard:cursor.shard + cursor.world * cursor.interleave])
         while not cut.done and (looked_at < cursor.world * cursor.interleave or len(pool) < cursor.world):
             pool += cut.shard()
             looked_at += 1

@@ -146,11 +146,12 @@ class ShardReader(IterableDataset[Batch]):
 
         Shards that are to be skipped count, as long as their record is there.
         """
-        return sum(int(self._selection.wanted(self._files.ordinals(shard)).sum()) for shard in self._shards)
+        return sum(int(self._selection.wanted(o).sum()) for o in self._files.all_ordinals(self._shards))
 
     def num_steps(self) -> int:
         """How many batches an epoch gives to each rank; looks every shard up."""
         start = self._start_of(self.epoch)
+        self._files.look_up(self._shards)
         return sum(1 for _ in self._order(start, set()).steps(start.cursor, self._rank, self._world, self._interleave))
 
     @property
@@ -221,7 +222,7 @@ class ShardReader(IterableDataset[Batch]):
                     raise
                 skipped.add(shard)
                 return _NOTHING
-        return EpochOrder(from_ranges(state.shards), contents, self._selection, state.epoch)
+        return EpochOrder(from_ranges(state.shards), contents, self._selection, state.epoch, self._files.look_up)
 
     def _go_to(self, epoch: int) -> None:
         self._epoch = _shared(epoch)
