@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_datasets import Shape, commit_traces, make_dataset, random_trace, start_run
@@ -247,6 +248,25 @@ def test_lengths_that_the_shard_does_not_have_are_damage(root: Path) -> None:
     (root / fragment_name(1)).write_bytes(encode_record(false))
     with pytest.raises(DamageError, match=r"shard-0000001.*other lengths than its record"):
         ordinals(ShardReader(root))
+
+
+def test_without_the_target_hidden_states_are_read_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distill_pipe.consume import opened as module
+    whole = list(ShardReader(root, layers=(2,), batch_tokens=40))
+    monkeypatch.setattr(module, "read_main", None)
+    alone = list(ShardReader(root, layers=(2,), batch_tokens=40, target=False))
+    for batch, other in zip(alone, whole, strict=True):
+        assert torch.equal(batch.token_ids_T, other.token_ids_T)
+        assert torch.equal(batch.loss_mask_T, other.loss_mask_T)
+        assert torch.equal(batch.hidden[2], other.hidden[2])
+        assert len(batch.rows_R) == len(batch.next_ids_R) == len(batch.target) == 0
+        assert batch.padded().rows_R.tolist() == []
+    path = root / shard_name(1)
+    group = pq.read_metadata(path).row_group(0)
+    (tokens,) = (group.column(i) for i in range(group.num_columns) if "token_ids" in group.column(i).path_in_schema)
+    damage(path, tokens.data_page_offset + tokens.total_compressed_size - 5)
+    with pytest.raises(DamageError, match="shard-0000001"):
+        ordinals(ShardReader(root, target=False, check_hashes=False))
 
 
 def test_a_layer_asked_for_twice_is_read_once(root: Path) -> None:

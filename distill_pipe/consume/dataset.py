@@ -17,7 +17,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from distill_pipe.consume.batch import Batch
-from distill_pipe.consume.opened import OpenShards, ShardFiles, require_layers
+from distill_pipe.consume.open_shards import OpenShards
+from distill_pipe.consume.opened import ShardFiles, require_layers
 from distill_pipe.consume.order import Split, make_selection
 from distill_pipe.consume.packing import pack
 from distill_pipe.errors import UsageError
@@ -35,6 +36,7 @@ class ShardDataset(Dataset[Batch]):
         root: the dataset: a folder, an address, or an opened root.
         layers: canonical layers whose hidden states are wanted; only these are read.
         split, holdout_every: which traces, as for `ShardReader`.
+        target: whether the target's distribution is read, as for `ShardReader`.
         check_hashes: check the sha256 of each file when this process opens it first.
         open_shards: how many shards stay open.
 
@@ -45,14 +47,14 @@ class ShardDataset(Dataset[Batch]):
     """
 
     def __init__(self, root: str | os.PathLike[str] | Root, *, layers: Sequence[int] = (), split: Split = "all",
-                 holdout_every: int = 10, check_hashes: bool = True, open_shards: int = 4) -> None:
+                 holdout_every: int = 10, target: bool = True, check_hashes: bool = True, open_shards: int = 4) -> None:
         opened = open_root(root) if isinstance(root, (str, os.PathLike)) else root
         self.run = require_run(opened)
         self._layers = require_layers(opened, self.run, layers)
         if open_shards < 1:
             raise UsageError(f"open_shards must be at least 1, and is {open_shards}")
         self._selection = make_selection(1, 0, split, holdout_every)
-        self._files = ShardFiles(opened, self.run, self._layers, check_hashes)
+        self._files = ShardFiles(opened, self.run, self._layers, check_hashes, target)
         self._opened = OpenShards(self._files.open, open_shards)
         self._shards = sorted(committed_shards(opened))
         wanted = [self._selection.wanted(ordinals).sum() for ordinals in self._files.all_ordinals(self._shards)]

@@ -10,10 +10,8 @@ compresses the blobs of a row group together. In return every file is read once,
 Shapes: N traces of a shard.
 """
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +22,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from distill_pipe.consume.order import Contents
+from distill_pipe.consume.tokens import TOKENS_SCHEMA, token_traces
 from distill_pipe.errors import CaptureError, DamageError, MismatchError, UsageError
 from distill_pipe.store.manifest import FileRef, Fragment, Run, ShardInfo, read_fragment, shard_name
 from distill_pipe.store.parquet import Limit, read_table
 from distill_pipe.store.root import Root, sha256_of
-from distill_pipe.store.shard import MAIN_SCHEMA, read_main, read_shard_info, require_counts, traces_from_table
+from distill_pipe.store.shard import (
+    MAIN_SCHEMA,
+    read_main,
+    read_shard_info,
+    require_counts,
+    require_lengths,
+    traces_from_table,
+)
 from distill_pipe.store.sidecar import (
     EncodedTrace,
     SidecarInfo,
@@ -78,10 +84,12 @@ class ShardFiles:
     Args:
         layers: the layers whose hidden states are wanted; no others are read.
         check_hashes: whether the sha256 of a file is checked when this process opens it first.
+        target: whether the rows are wanted; without them, traces have tokens alone (`tokens`).
     """
 
-    def __init__(self, root: Root, run: Run, layers: Sequence[int], check_hashes: bool) -> None:
+    def __init__(self, root: Root, run: Run, layers: Sequence[int], check_hashes: bool, target: bool = True) -> None:
         self._root, self._run, self._layers, self._check_hashes = root, run, tuple(layers), check_hashes
+        self._target = target
         self._contents: dict[int, Contents] = {}
         self._damaged: dict[int, str] = {}
         self._sound: set[int] = set()
@@ -139,9 +147,7 @@ class ShardFiles:
         """
         with self._main(shard) as (path, info, ref):
             self._check_hash(path, ref)
-            main = read_main(path, info, self._run.spec.capture)
-            traces = list(traces_from_table(main, self._run.spec.target.vocab_size))
-            require_counts(path, info, traces)
+            traces = self._traces(path, info)
             if self._layers and traces and info.hidden is None:
                 raise DamageError(f"{path}: its record lacks the hidden-state sidecar")
         hidden = None
@@ -169,6 +175,18 @@ class ShardFiles:
                 raise
             self._sound.add(shard)
         return self.contents(shard)
+
+    def _traces(self, path: Path, info: ShardInfo) -> list[Trace]:
+        vocab_size = self._run.spec.target.vocab_size
+        if not self._target:
+            most = Limit(max(info.tokens, info.traces))
+            table = read_table(path, TOKENS_SCHEMA, dict.fromkeys(TOKENS_SCHEMA.names, most))
+            tokens = list(token_traces(table, vocab_size))
+            require_lengths(path, info, tokens)
+            return list(tokens)
+        traces = list(traces_from_table(read_main(path, info, self._run.spec.capture), vocab_size))
+        require_counts(path, info, traces)
+        return traces
 
     def _read_contents(self, shard: int) -> Contents:
         with self._main(shard) as (path, info, _):
@@ -217,34 +235,6 @@ class ShardFiles:
         if sha256_of(path) != ref.sha256:
             raise DamageError(f"{path} has changed: its sha256 is not the one recorded")
         _HASHED.add((str(self._root), ref.sha256))
-
-
-class OpenShards:
-    """The shards that were used last, each opened once even where several threads want it."""
-
-    def __init__(self, open_shard: Callable[[int], OpenedShard], capacity: int) -> None:
-        self._open, self._capacity = open_shard, capacity
-        self._lock = threading.Lock()
-        self._held: OrderedDict[int, Future[OpenedShard]] = OrderedDict()
-
-    def get(self, shard: int) -> OpenedShard:
-        """The shard, opened now if it is not held. Raises as `ShardFiles.open`."""
-        with self._lock:
-            held = self._held.get(shard)
-            future = held if held is not None else self._held.setdefault(shard, Future())
-            self._held.move_to_end(shard)
-            while len(self._held) > self._capacity:
-                self._held.popitem(last=False)
-        if held is None:
-            try:
-                future.set_result(self._open(shard))
-            except BaseException as error:  # noqa: BLE001 - raised below, to everybody who waits
-                future.set_exception(error)
-        return future.result()
-
-    def __reduce__(self) -> tuple[type["OpenShards"], tuple[Callable[[int], OpenedShard], int]]:
-        # What is open stays in this process.
-        return OpenShards, (self._open, self._capacity)
 
 
 def require_layers(root: Root, run: Run, wanted: Sequence[int]) -> tuple[int, ...]:

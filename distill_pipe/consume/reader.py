@@ -57,7 +57,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from distill_pipe.consume.batch import Batch
-from distill_pipe.consume.opened import OpenShards, ShardFiles, require_layers
+from distill_pipe.consume.open_shards import OpenShards
+from distill_pipe.consume.opened import ShardFiles, require_layers
 from distill_pipe.consume.order import Contents, Cursor, EpochOrder, Span, Split, make_selection
 from distill_pipe.consume.packing import pack, padding
 from distill_pipe.consume.prefetch import prefetched
@@ -66,6 +67,7 @@ from distill_pipe.errors import DamageError, UsageError
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.root import Root, open_root
+from distill_pipe.store.sidecar import EncodedTrace
 
 __all__ = ["Batch", "OnDamage", "ShardReader", "Split"]
 
@@ -86,6 +88,8 @@ class ShardReader(IterableDataset[Batch]):
             (TP, PP, CP) are one data-parallel rank and must get the same `dp_rank`.
         interleave: from how many shards at once a rank takes its batches by turns. More mix better and hold more in
             memory. With a DataLoader, a multiple of `num_workers` saves workers from unpacking the same shards.
+        target: whether the target's distribution is read. Without it a batch has no rows; its loss mask still says
+            which tokens are supervised.
         on_damage: `raise`, or `skip` a damaged shard. Every rank then reads every shard as a whole before its first
             use, so that all leave out the same ones.
         check_hashes: check the sha256 of each file when this process opens it first.
@@ -103,8 +107,8 @@ class ShardReader(IterableDataset[Batch]):
     def __init__(self, root: str | os.PathLike[str] | Root, *,  # noqa: PLR0913 - settings, each of its own
                  layers: Sequence[int] = (), batch_tokens: int = 8192, seed: int = 0, epoch: int = 0,
                  split: Split = "all", holdout_every: int = 10, dp_rank: int = 0, dp_world: int = 1,
-                 interleave: int = 1, on_damage: OnDamage = "raise", check_hashes: bool = True, threads: int = 1,
-                 prefetch: int = 2) -> None:
+                 interleave: int = 1, target: bool = True, on_damage: OnDamage = "raise", check_hashes: bool = True,
+                 threads: int = 1, prefetch: int = 2) -> None:
         self._root = open_root(root) if isinstance(root, (str, os.PathLike)) else root
         self.run = require_run(self._root)
         self._layers = require_layers(self._root, self.run, layers)
@@ -118,7 +122,7 @@ class ShardReader(IterableDataset[Batch]):
         self._selection = make_selection(batch_tokens, seed, split, holdout_every)
         self._rank, self._world, self._interleave = dp_rank, dp_world, interleave
         self._on_damage, self._threads, self._prefetch = on_damage, threads, prefetch
-        self._files = ShardFiles(self._root, self.run, self._layers, check_hashes)
+        self._files = ShardFiles(self._root, self.run, self._layers, check_hashes, target)
         self._shards = tuple(sorted(committed_shards(self._root)))
         self._resumed: State | None = None
         self._go_to(epoch)
@@ -198,7 +202,8 @@ class ShardReader(IterableDataset[Batch]):
         """What makes each batch of this worker: every `stride`-th step of the rank, from `first` on."""
         skipped = set(start.skipped)
         order = self._order(start, skipped)
-        opened = OpenShards(self._files.open, self._interleave + 1)
+        # One for each that is taken by turns; a thread that is behind may still need the one before.
+        opened = OpenShards(self._files.open, self._interleave + max(self._threads - 1, 0))
         steps = order.steps(start.cursor, self._rank, self._world, self._interleave)
         for number, (span, cursor) in enumerate(steps):
             if number % stride == first % stride and number >= first:
@@ -208,8 +213,11 @@ class ShardReader(IterableDataset[Batch]):
     def _batch(self, order: EpochOrder, opened: OpenShards, span: Span | None, state: State) -> Batch:
         if span is None:
             return padding(self._layers, self.run, state)
-        return pack([opened.get(shard).encoded(row) for shard, rows in order.traces(span) for row in rows.tolist()],
-                    self._layers, self.run, state)
+        encoded: list[EncodedTrace] = []
+        for shard, rows in order.traces(span):
+            one = opened.get(shard)
+            encoded += [one.encoded(row) for row in rows.tolist()]
+        return pack(encoded, self._layers, self.run, state)
 
     def _order(self, state: State, skipped: set[int]) -> EpochOrder:
         def contents(shard: int) -> Contents:

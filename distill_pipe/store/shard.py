@@ -155,11 +155,19 @@ def traces_from_table(main: pa.Table, vocab_size: int = 2**31) -> Iterator[Trace
 
 def require_counts(path: Path, info: ShardInfo, traces: Sequence[Trace]) -> None:
     """Raises DamageError unless a shard holds what its record says, which readers believe and are limited by."""
-    held = (len(traces), sum(t.num_tokens for t in traces), sum(t.num_rows for t in traces))
-    if held != (info.traces, info.tokens, info.rows):
-        raise DamageError(f"{path} holds {held[0]} traces of {held[1]} tokens and {held[2]} rows; its record says "
-                          f"{info.traces}, {info.tokens} and {info.rows}")
-    if info.lengths is not None and info.lengths != tuple(t.num_tokens for t in traces):
+    rows = sum(t.num_rows for t in traces)
+    if rows != info.rows:
+        raise DamageError(f"{path} holds {rows} rows; its record says {info.rows}")
+    require_lengths(path, info, traces)
+
+
+def require_lengths(path: Path, info: ShardInfo, traces: Sequence[Trace]) -> None:
+    """`require_counts` for traces whose rows were not read."""
+    lengths = tuple(t.num_tokens for t in traces)
+    if (len(lengths), sum(lengths)) != (info.traces, info.tokens):
+        raise DamageError(f"{path} holds {len(lengths)} traces of {sum(lengths)} tokens; its record says "
+                          f"{info.traces} and {info.tokens}")
+    if info.lengths is not None and info.lengths != lengths:
         raise DamageError(f"{path} holds traces of other lengths than its record says")
 
 
