@@ -201,6 +201,21 @@ def test_a_copy_made_in_parts_is_the_object(size: int, part: int) -> None:
             assert path.read_bytes() == data
 
 
+def test_of_an_opened_file_only_what_is_read_is_asked_for(objects: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bytes(range(200))
+    objects.publish_bytes(whole, "x")
+    asked: list[tuple[int, int]] = []
+    get = obstore.get
+    monkeypatch.setattr(obstore, "get", lambda store, name, options: (
+        asked.append(options["range"]), get(store, name, options=options))[1])
+    with objects.opened("x") as file:
+        assert (file.seek(-10, os.SEEK_END), file.read(4), file.tell()) == (190, whole[190:194], 194)
+        file.seek(20)
+        file.seek(5, os.SEEK_CUR)
+        assert (file.read(5), file.seek(195), file.read(100), file.read(1)) == (whole[25:30], 195, whole[195:], b"")
+    assert asked == [(190, 194), (25, 30), (195, 200)]
+
+
 def test_parts_of_two_versions_of_an_object_are_not_mixed(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill_pipe.store.object_root._PART_BYTES", 4)
     root = open_root(s3_folder)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from distill_pipe.errors import DamageError, StoreAccessError, StoreError, UsageError
 from distill_pipe.store.disk import storage_failures
@@ -91,6 +91,12 @@ class HubRoot:
         with _hub_failures(f"{self._uri}/{name}"):
             path = self._api.hf_hub_download(self._repo, name, repo_type="dataset", revision=self._commit)
         yield Path(path)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """The file in the client's cache."""
+        with self.fetched(name) as path, open(path, "rb") as file:
+            yield file
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

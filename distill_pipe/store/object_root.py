@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, cast
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
@@ -24,6 +24,7 @@ from obstore.store import MemoryStore, ObjectStore, from_url
 
 from distill_pipe.errors import DamageError, DistillPipeError, StorageFullError, UsageError
 from distill_pipe.store.disk import storage_failures
+from distill_pipe.store.ranges import Ranges
 from distill_pipe.store.retry import BUDGET_SECONDS, FIRST_SECONDS, UnsettledError, patiently
 from distill_pipe.store.root import LEFT_BY_A_FALSE_START, MAX_RECORD_BYTES, Entry, require_inside
 from distill_pipe.store.uploads import UPLOADS
@@ -117,6 +118,16 @@ class ObjectRoot:
                 if str(path) not in text:
                     raise
                 raise type(error)(text.replace(str(path), f"{self._uri}/{name}")) from error
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """The object for reading some of it: what is read is asked for, and no more.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        head = self._asked(lambda: obstore.head(self._store, name), name)
+        yield cast(BinaryIO, Ranges(head["size"], lambda first, stop: self._part(name, first, stop, head["e_tag"])))
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

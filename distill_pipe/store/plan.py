@@ -1,8 +1,8 @@
 """The frozen plan: which prompts make up which shard, with the prompts themselves.
 
-A plan file is Parquet with one row group per shard, so a worker fetches exactly its own prompts and the run no longer
-depends on the corpus file. The price is one compressed copy of the corpus text in the dataset; next to hidden states
-it is nothing. Shard i holds ordinals `[i * n, (i + 1) * n)` at any number of workers.
+A plan file is Parquet with one row group per shard, so a worker fetches little but its own prompts and the run no
+longer depends on the corpus file. The price is one compressed copy of the corpus text in the dataset; next to hidden
+states it is nothing. Shard i holds ordinals `[i * n, (i + 1) * n)` at any number of workers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,8 +80,8 @@ def read_planned_shard(root: Root, run: Run, shard: int) -> list[PlannedPrompt]:
     """
     part = run.plan[shard // SHARDS_PER_PART]
     try:
-        with root.fetched(part.name, part.size) as path, pq.ParquetFile(
-                path, page_checksum_verification=True, arrow_extensions_enabled=False) as file:
+        with root.opened(part.name) as source, pq.ParquetFile(
+                source, page_checksum_verification=True, arrow_extensions_enabled=False) as file:
             table = file.read_row_group(shard % SHARDS_PER_PART)
             if not table.schema.equals(_SCHEMA):
                 raise MismatchError(f"{root}/{part.name} does not have the columns of a plan")

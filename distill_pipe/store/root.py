@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import BinaryIO, Final, NamedTuple, Protocol
 
 from distill_pipe.errors import DamageError, UsageError
 from distill_pipe.store.disk import make_folders, storage_failures, sync_folder, walk
@@ -58,6 +58,9 @@ class Root(Protocol):
     def fetched(self, name: str, size: int | None = None) -> AbstractContextManager[Path]:
         """The file as a local path, valid inside the context. Where it has to be copied it is refused before that
         unless it has `size` bytes."""
+
+    def opened(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """The file for reading some of it: nothing else is downloaded."""
 
     def scratch(self) -> AbstractContextManager[Path]:
         """A private local folder, gone afterwards."""
@@ -144,6 +147,12 @@ class LocalRoot:
     def fetched(self, name: str, size: int | None = None) -> Iterator[Path]:  # noqa: ARG002 - readers check the size
         """The file itself: on a local disk nothing is copied."""
         yield self.local(name)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """The file for reading some of it."""
+        with open(self.local(name), "rb") as file:
+            yield file
 
     def read(self, name: str) -> bytes | None:
         """The whole of a small file, or None when there is none.

@@ -6,8 +6,11 @@ seconds; what is tested is what happens before and after it ends.
 """
 
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import obstore
 import pytest
@@ -160,10 +163,23 @@ def test_f14_should_the_condition_be_ignored_later_shards_are_still_whole_and_on
     assert report.clean, report
 
 
+def test_f15_two_processes_race_for_every_shard_in_a_store(folder, tmp_path, fault_row) -> None:
+    make_dataset(tmp_path / "donor", PROMPTS)
+    start_run(folder, PROMPTS)
+    line = [sys.executable, str(Path(__file__).parents[1] / "committer.py"), str(tmp_path / "donor"), folder]
+    racers = [subprocess.Popen(line, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [racer.wait(120) for racer in racers] == [0, 0]
+    assert_exactly_once(folder)
+    fault_row("F15 two processes race for every shard in S3", SHARDS, SHARDS)
+
+
 def test_a_listing_that_fails_in_the_middle_is_not_taken_for_a_short_one(proxy, folder, seaweed) -> None:
     store = seaweed.store(folder)
     for i in range(2100):
         obstore.put(store, f"data/{i:05d}", b"")
+    before = proxy.requests
+    assert sum(1 for _ in open_root(folder).names("data")) == 2100
+    assert proxy.requests - before == 3, "a request per 1,000 names"
     proxy.rule = every(2, "error", lambda head: "list-type" in head.target)
     assert list(open_root(folder).names("data")) == [f"data/{i:05d}" for i in range(2100)]
     assert proxy.faults["error"] >= 2
