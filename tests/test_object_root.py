@@ -25,7 +25,8 @@ from distill_pipe.store.finalize import finalize
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.manifest import fragment_name, require_run, shard_name
 from distill_pipe.store.plan import read_planned_shard
-from distill_pipe.store.root import LocalRoot, Root, open_root, require_exclusive_create
+from distill_pipe.store.root import LocalRoot, Root, open_root
+from distill_pipe.store.selftest import require_exclusive_create
 from distill_pipe.store.status import status
 from distill_pipe.store.verify import verify
 

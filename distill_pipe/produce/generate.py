@@ -36,7 +36,8 @@ from distill_pipe.store.manifest import (
 )
 from distill_pipe.store.plan import SHARDS_PER_PART, PlannedPrompt, num_shards, write_plan_part
 from distill_pipe.store.quarantine import FAILED, read_given_up
-from distill_pipe.store.root import Root, open_root, require_exclusive_create, sha256_of
+from distill_pipe.store.root import Root, open_root, sha256_of
+from distill_pipe.store.selftest import require_exclusive_create
 from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, RunSpec
 
 

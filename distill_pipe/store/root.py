@@ -111,22 +111,6 @@ def open_root(uri: str | os.PathLike[str]) -> Root:
     return ObjectRoot(text)
 
 
-def require_exclusive_create(root: Root) -> None:
-    """Try out the one thing that commits rest on: what is there is not written over.
-
-    Raises:
-        UsageError: this place does it, so that two workers could replace each other's shards.
-    """
-    name = f"{SCRATCH}/probe-{uuid.uuid4().hex}"
-    try:
-        if not root.create_bytes(b"first", name) or root.create_bytes(b"other", name) or root.read(name) != b"first":
-            raise UsageError(f"{root}: this store ignores the condition to write only where nothing is "
-                             "(If-None-Match), so workers could replace each other's shards; use another store, or a "
-                             "bucket without versioning")
-    finally:
-        root.remove(name)
-
-
 class LocalRoot:
     """A dataset in a local (or mounted) directory. Nothing is created before the first write."""
 

@@ -1,4 +1,5 @@
-"""Does a store keep the promises that a dataset rests on? Tried out on the user's own store, in less than a minute.
+"""Does a store keep the promises that a dataset rests on? Tried out on the user's own store, in less than a minute; and
+the one promise that no run may start without.
 
 Everything happens below `.tmp/selftest-...` of the place that is tested, and is removed afterwards. A store that passes
 today can still fail under load; what fails here will lose data sooner or later.
@@ -15,7 +16,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from distill_pipe.errors import DistillPipeError
+from distill_pipe.errors import DistillPipeError, UsageError
 from distill_pipe.store.root import SCRATCH, LocalRoot, Root
 
 _RACES, _RACERS = 10, 4
@@ -68,6 +69,22 @@ def selftest(root: Root) -> SelfTest:
     finally:
         for name in list(root.names(folder)):
             root.remove(name)
+
+
+def require_exclusive_create(root: Root) -> None:
+    """Try out the one thing that commits rest on: what is there is not written over.
+
+    Raises:
+        UsageError: this place does it, so that two workers could replace each other's shards.
+    """
+    name = f"{SCRATCH}/probe-{uuid.uuid4().hex}"
+    try:
+        if not root.create_bytes(b"first", name) or root.create_bytes(b"other", name) or root.read(name) != b"first":
+            raise UsageError(f"{root}: this store ignores the condition to write only where nothing is "
+                             "(If-None-Match), so workers could replace each other's shards; use another store, or a "
+                             "bucket without versioning")
+    finally:
+        root.remove(name)
 
 
 def _tried(root: Root, folder: str, name: str, needed: bool, probe: Callable[[Root, str], str | None]) -> Probe:

@@ -20,7 +20,8 @@ from distill_pipe.errors import StoreAccessError, StoreError, UsageError
 from distill_pipe.store import object_root, retry
 from distill_pipe.store.finalize import finalize
 from distill_pipe.store.manifest import shard_name
-from distill_pipe.store.root import open_root, require_exclusive_create
+from distill_pipe.store.root import open_root
+from distill_pipe.store.selftest import require_exclusive_create
 from distill_pipe.store.uploads import UPLOADS, UploadGate
 from distill_pipe.store.verify import verify
 from faults.proxy import Fault, Head, Proxy
