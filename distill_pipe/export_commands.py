@@ -26,6 +26,12 @@ class Trainers(StrEnum):
     distillkit = "distillkit"
 
 
+class Splits(StrEnum):
+    all = "all"
+    train = "train"
+    heldout = "heldout"
+
+
 class StateDtypes(StrEnum):
     bf16 = "bf16"
     f32 = "f32"
@@ -43,6 +49,8 @@ def export(  # noqa: PLR0913 - one option per setting of the trainers' formats
     draft_vocab: Annotated[int | None, typer.Option(help="Tokens of the draft's vocabulary [the target's]."
                                                     )] = None,
     target: TargetFolder = None,
+    split: Annotated[Splits, typer.Option(help="train leaves out every tenth trace, for distill-pipe evaluate."
+                                          )] = Splits.all,
     as_json: Json = False,
 ) -> None:
     """Write a dataset as another trainer's loader reads it, with its layer numbers and its side of the final norm."""
@@ -50,7 +58,7 @@ def export(  # noqa: PLR0913 - one option per setting of the trainers' formats
     from distill_pipe.consume.exporters import ExportOptions
 
     options = ExportOptions(layers=_layers(layers), dtype=dtype.value, top_k=top_k, seq_length=seq_length,
-                            draft_vocab=draft_vocab, target=_folder(target))
+                            draft_vocab=draft_vocab, target=_folder(target), split=split.value)
     try:
         report = run_export(root, to.value, out, options, _Progress())
     except KeyboardInterrupt:

@@ -504,6 +504,26 @@ def test_an_unfinished_dataset_is_refused(tmp_path) -> None:
         export(tmp_path / "dataset", "axolotl", tmp_path / "out")
 
 
+def test_heldout_traces_stay_out_of_a_training_export(root, options, tmp_path) -> None:
+    def ids(split: str) -> list[list[int]]:
+        given = ExportOptions(split=split, holdout_every=4)
+        export(root, "specforge", tmp_path / split, given)
+        samples = pickled(tmp_path / split, "*.ckpt")
+        assert len(samples) == export(root, "specforge", tmp_path / split, given).samples
+        return [sample["input_ids"].tolist() for sample in samples]
+
+    kept = [[t.token_ids_T[:-1].tolist() for t in traces() if (t.ordinal % 4 == 3) == heldout]
+            for heldout in (False, True)]
+    assert [ids("train"), ids("heldout")] == kept
+    with pytest.raises(MismatchError, match="split: stored train, given all"):
+        export(root, "specforge", tmp_path / "train", ExportOptions(holdout_every=4))
+    for trainer in ("speculators", "deepspec"):
+        export(root, trainer, tmp_path / trainer, ExportOptions(split="train", holdout_every=4))
+    assert len(datasets.load_from_disk(tmp_path / "speculators")) == len(kept[0])
+    assert [row["input_ids"] for row in datasets.load_from_disk(tmp_path / "speculators").with_format(None)] == kept[0]
+    assert (tmp_path / "deepspec" / "samples.idx").stat().st_size == 56 * len(kept[0])
+
+
 def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(root, options, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

@@ -32,6 +32,8 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     top_k: int | None
     seq_length: int
     draft_vocab: int | None
+    split: str
+    holdout_every: int
 
 
 class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +70,7 @@ def export(root: str | os.PathLike[str], trainer: str, out: str | os.PathLike[st
         DamageError: the dataset is damaged.
     """
     folder = Path(out)
-    inventory = Inventory(open_root(root))
+    inventory = Inventory(open_root(root), options.split, options.holdout_every)
     layout = trainer_layout(root, trainer, options)
     layout.require_inputs()
     with storage_failures(str(folder)):
@@ -100,7 +102,8 @@ def _record(layout: Layout) -> ExportRecord:
     options = layout.options
     return ExportRecord(trainer=layout.name, fingerprint=layout.run.fingerprint, layers=layout.layers,
                         dtype=options.dtype, top_k=options.top_k, seq_length=options.seq_length,
-                        draft_vocab=options.draft_vocab)
+                        draft_vocab=options.draft_vocab, split=options.split,
+                        holdout_every=options.holdout_every)
 
 
 def _claim(folder: Path, record: ExportRecord) -> None:

@@ -1,8 +1,8 @@
-"""What an export goes through: every trace of a complete dataset, numbered from 0 in the order of the plan.
+"""What an export goes through: the traces of a complete dataset, numbered from 0 in the order of the plan.
 
-Quarantined prompts leave gaps in the ordinals and trainers want none, so samples are counted anew. The numbers must be
-the same whenever an export is continued, hence only a complete dataset has them. The trade-off: a small column of every
-shard is read before the first sample is written, to know how many there are and how long.
+Quarantined prompts and held-out traces leave gaps in the ordinals and trainers want none, so samples are counted anew.
+The numbers must be the same whenever an export is continued, hence only a complete dataset has them. The trade-off: a
+small column of every shard is read before the first sample is written, to know how many there are and how long.
 
 Shapes: N traces.
 """
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from distill_pipe.consume.exporters.record import Record, batch_records
 from distill_pipe.consume.opened import ShardFiles
+from distill_pipe.consume.order import Split, make_selection
 from distill_pipe.consume.packing import pack
 from distill_pipe.errors import UsageError
 from distill_pipe.store.commit import committed_shards, shard_fragment
@@ -25,32 +26,36 @@ from distill_pipe.store.trace import Trace
 
 
 class Inventory:
-    """The traces of a dataset. `lengths_N` holds the tokens of each.
+    """The traces of a split, as the reader defines it. `lengths_N` holds the tokens of each.
 
     Raises:
         MismatchError: there is no dataset, or this version cannot read it.
-        UsageError: shards are missing.
+        UsageError: shards are missing, or `holdout_every` is out of range.
         DamageError: a main shard cannot be read.
     """
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: Root, split: Split = "all", holdout_every: int = 10) -> None:
         self._root, self.run = root, require_run(root)
         self._shards = range(num_shards(self.run))
         missing = set(self._shards) - committed_shards(root)
         if missing:
             raise UsageError(f"{root} is not complete: {len(missing)} of {len(self._shards)} shards are missing; run "
                              "generate again to make them, then export")
+        selection = make_selection(1, 0, split, holdout_every)
         files = ShardFiles(root, self.run, (), check_hashes=True)
-        lengths = [files.contents(shard).tokens_N for shard in self._shards]
-        self._starts = list(accumulate(map(len, lengths), initial=0))
-        self.lengths_N: NDArray[np.int64] = np.concatenate(lengths)
+        found = [files.contents(shard) for shard in self._shards]
+        # Which traces of each shard belong to the split, by their place in it.
+        self._rows = [np.flatnonzero(selection.wanted(c.ordinals_N)) for c in found]
+        self._starts = list(accumulate(map(len, self._rows), initial=0))
+        self.lengths_N: NDArray[np.int64] = np.concatenate([c.tokens_N[rows] for c, rows in
+                                                            zip(found, self._rows, strict=True)])
 
     def __len__(self) -> int:
         return len(self.lengths_N)
 
     @property
     def dropped_mass(self) -> float:
-        """The mean probability outside the head, over all rows."""
+        """The mean probability outside the head, over all rows of the dataset."""
         infos = [shard_fragment(self._root, self.run, shard).info for shard in self._shards]
         rows = sum(i.rows for i in infos)
         return sum(i.measured.tail_mass_mean * i.rows for i in infos) / max(rows, 1)
@@ -58,8 +63,9 @@ class Inventory:
     def traces(self) -> Iterator[list[Trace]]:
         """The traces of each shard, without hidden states."""
         files = ShardFiles(self._root, self.run, (), check_hashes=True)
-        for shard in self._shards:
-            yield files.open(shard).traces
+        for shard, rows in zip(self._shards, self._rows, strict=True):
+            traces = files.open(shard).traces
+            yield [traces[row] for row in rows]
 
     def records(self, layers: Sequence[int], wanted: Container[int]) -> Iterator[tuple[int, Record]]:
         """The traces whose numbers are in `wanted`, each with its number. Shards without any are not opened.
@@ -68,10 +74,10 @@ class Inventory:
             DamageError: a shard or its sidecar is missing or damaged; names it.
         """
         files = ShardFiles(self._root, self.run, layers, check_hashes=True)
-        for shard, start, stop in zip(self._shards, self._starts, self._starts[1:], strict=False):
-            numbers = [n for n in range(start, stop) if n in wanted]
-            if numbers:
+        for shard, rows, start in zip(self._shards, self._rows, self._starts, strict=False):
+            numbered = [(number, row) for number, row in enumerate(rows, start) if number in wanted]
+            if numbered:
                 opened = files.open(shard)
-                for number in numbers:
-                    [record] = batch_records(pack([opened.encoded(number - start)], layers, self.run))
+                for number, row in numbered:
+                    [record] = batch_records(pack([opened.encoded(row)], layers, self.run))
                     yield number, record

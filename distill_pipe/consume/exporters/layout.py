@@ -16,6 +16,7 @@ import torch
 
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.record import Record, Sample
+from distill_pipe.consume.order import Split
 from distill_pipe.errors import UsageError
 from distill_pipe.store.manifest import Run
 
@@ -30,7 +31,9 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `layers` are the auxiliary layers, canonical (all stored ones but the last when not given). `dtype` is that of
     hidden states. `top_k` head entries per row at most (all that are stored). `seq_length` is the length that
     trainers with fixed shapes pad and cut to, `draft_vocab` the size of the draft's vocabulary (the target's when not
-    given), and `target` the target's folder, for those that want its embedding or head.
+    given), and `target` the target's folder, for those that want its embedding or head. `split` and `holdout_every`
+    are the reader's: a draft that is to be evaluated on held-out traces must not be given them. Adapters take both from
+    their reader.
     """
 
     layers: tuple[int, ...] | None = None
@@ -39,6 +42,8 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     seq_length: int = 2048
     draft_vocab: int | None = None
     target: Path | None = None
+    split: Split = "all"
+    holdout_every: int = 10
 
 
 DEFAULTS = ExportOptions()
