@@ -15,6 +15,7 @@ from distill_pipe.corpus_commands import prepare
 from distill_pipe.errors import DistillPipeError, UsageError
 from distill_pipe.export_commands import export
 from distill_pipe.hub_commands import pull, push
+from distill_pipe.job_commands import cancel, logs, submit
 from distill_pipe.measure_commands import audit, bench_capture, plan
 from distill_pipe.options import Json, Root
 from distill_pipe.redact import redacted
@@ -84,6 +85,9 @@ app.command()(evaluate)
 app.command("bench-draft")(bench_draft)
 app.command()(push)
 app.command()(pull)
+app.command()(submit)
+app.command()(logs)
+app.command()(cancel)
 app.command()(audit)
 app.command()(export)
 app.command("bench-capture")(bench_capture)

@@ -65,7 +65,7 @@ def test_errors_imports_nothing() -> None:
 
 @pytest.mark.parametrize(("module", "files"), [
     ("vllm", {"produce/capture.py", "produce/seams.py", "produce/vllm_engine.py", "speculative/vllm_decoding.py"}),
-    ("ray", {"produce/cluster.py"})])
+    ("ray", {"produce/cluster.py", "produce/job_server.py"})])
 def test_only_the_files_meant_to_import_an_engine_or_ray_do(module: str, files: set[str]) -> None:
     assert importers(module) == files
 

@@ -115,13 +115,20 @@ function edge(scale, value) {
   return scale === "linear" ? digits.format(value) : compact.format(Math.round(value));
 }
 
+// A whole power, which a reader can place; on a linear scale any edge.
+function isRound(scale, value) {
+  const power = scale === "log10" ? Math.log10(value) : Math.log2(value);
+  return scale === "linear" || Math.abs(power - Math.round(power)) < 1e-9;
+}
+
 function histogram(shown) {
   const { bars, scale } = shown, total = bars.reduce((sum, b) => sum + b.count, 0);
   const most = Math.max(...bars.map((b) => b.count)) / total;
   const first = bars.findIndex((b) => b.count), kept = bars.slice(first);
   return (width) => {
     const box = frame(width, 170), y = valueAxis(box, most, percent);
-    const room = (box.right - box.left) / kept.length, every = Math.ceil(46 / room);
+    const room = (box.right - box.left) / kept.length;
+    let free = box.left;
     kept.forEach((b, i) => {
       const share = b.count / total, x = box.left + i * room;
       const range = `${first + i || scale !== "log10" ? edge(scale, b.low) : "0"} to ${edge(scale, b.high)}`;
@@ -129,7 +136,9 @@ function histogram(shown) {
         drawn("rect", { class: "column", x: x + 0.5, width: Math.max(room - 1, 1), y: y(share), height: box.bottom - y(share), rx: 1 }),
         drawn("rect", { class: "catch", x, width: room, y: box.top, height: box.bottom - box.top,
           "data-tip": `${range}\n${whole.format(b.count)} ${shown.counted}, ${percent(share)}` }));
-      if (i % every === 0) below(box, x, edge(scale, b.low), i ? "middle" : "start");
+      if (x < free || !isRound(scale, b.low)) return;
+      below(box, x, edge(scale, b.low), i ? "middle" : "start");
+      free = x + 46;
     });
     return box.svg;
   };
@@ -174,14 +183,15 @@ const text = (id) => report.token_text[id];
 function showTrace() {
   const trace = report.viewed[view.trace];
   at("tokens").replaceChildren(...trace.tokens.map(tokenSpan));
-  at("tokens").scrollTop = 0;
   at("trace-note").textContent = `Prompt ${visible(trace.prompt_id)}, ${whole.format(trace.num_tokens)} tokens`
     + (trace.tokens.length < trace.num_tokens ? `, of which the first ${whole.format(trace.tokens.length)} are shown` : "")
     + `; ended by ${trace.finish_reason}. Entropy is estimated from the head and the tail samples; the bounds hold for `
     + "any tail of the stored mass. Tokens without a shade are the prompt.";
   shade();
-  const first = trace.tokens.findIndex((token) => token.row);
-  choose(at("tokens").children[Math.max(first, 0)], false);
+  const first = at("tokens").querySelector(".supervised") ?? at("tokens").firstElementChild;
+  // The prompt's end stays in sight above the first token that has a shade.
+  at("tokens").scrollTop = first.offsetTop - 110;
+  choose(first, false);
 }
 
 function tokenSpan(token, place) {
