@@ -20,11 +20,11 @@ from distill_pipe.measure_commands import audit, bench_capture, plan
 from distill_pipe.options import Json, Root
 from distill_pipe.redact import redacted
 from distill_pipe.report_commands import report
-from distill_pipe.report_tables import print_facts, print_statistics, print_trace, say, visible
+from distill_pipe.report_tables import print_statistics, print_trace, say, visible
 from distill_pipe.run_commands import STOP, generate, retry_quarantine
+from distill_pipe.status_commands import status
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.root import open_root
-from distill_pipe.store.status import status as read_status
 from distill_pipe.store_commands import doctor, gc, selftest, verify
 from distill_pipe.targets_commands import targets
 from distill_pipe.token_text import token_decoder
@@ -40,12 +40,7 @@ app.command()(plan)
 app.add_typer(targets, name="targets")
 
 
-@app.command()
-def status(root: Root, as_json: Json = False) -> None:
-    """How far a run is. Needs no engine and no Ray."""
-    print_facts(read_status(open_root(root)), as_json)
-
-
+app.command()(status)
 app.command()(verify)
 
 

@@ -38,7 +38,7 @@ def test_a_script_is_valid_bash_stops_at_errors_and_can_be_run(path: Path) -> No
     assert path.stat().st_mode & 0o111
 
 
-COMMANDS = re.compile(r"distill-pipe ((?:generate|submit|logs)\b[^\n|;)&]*)")
+COMMANDS = re.compile(r"distill-pipe ((?:generate|submit|logs)\b[^\n|;)&']*)")
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTERS.iterdir()), ids=lambda p: p.name)
