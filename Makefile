@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test layouts loaders check schemas bench faults soak drafts proof clean
+.PHONY: help install demo test layouts test-targets loaders check schemas bench faults soak drafts proof clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 
 install: ## Build .venv with the CPU engine, the demo's data and the developer's tools
 	rm -f $(STAMP)
@@ -25,10 +25,13 @@ demo: $(STAMP) ## Run the main job end to end on a real 135M model (4 minutes on
 	$(BIN)/python jobs/demo.py
 
 test: $(STAMP) ## Run the tests, real engine included
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not layouts and not loaders and not faults and not soak and not bench and not drafts"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -m "not layouts and not loaders and not faults and not soak and not bench and not drafts and not targets"
 
 layouts: $(STAMP) ## Engines of several devices: tensor parallel, three pipeline stages, Ray as the executor (6 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m layouts
+
+test-targets: $(STAMP) ## A tiny twin of every preset: generate, verify, a step of training (10 minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m targets
 
 loaders: $(STAMP) ## Exports read by other trainers' own loaders, out of their wheels (1 minute, 9 MB downloaded)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m loaders

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.loss_mask import TemplateError, cut_at_turns
 from distill_pipe.produce.template import ChatTemplate, Rendered
+from distill_pipe.produce.tiktoken_file import download_tokenizer, tokenizer_folder
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import Message
 from distill_pipe.store.spec import Responses, RunSpec
@@ -51,9 +52,14 @@ def load_tokenizer(model: Path | str, revision: str | None = None) -> "PreTraine
     """
     from transformers import AutoTokenizer
 
+    converted = tokenizer_folder(model, revision)
     try:
+        if converted is not None:
+            return AutoTokenizer.from_pretrained(converted, trust_remote_code=False)
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if converted is None and download_tokenizer(model, revision):
+            return load_tokenizer(model, revision)
         raise UsageError(f"the tokenizer of {model} cannot be read: {str(error).splitlines()[0]}") from None
 
 

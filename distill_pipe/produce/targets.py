@@ -227,7 +227,7 @@ def _dtype(wanted: str, config: dict[str, object]) -> str:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+    names = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "merges.txt", "added_tokens.json")
     files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
         raise UsageError(f"target {folder} has no tokenizer (looked for {', '.join(names)})")

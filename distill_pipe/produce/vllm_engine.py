@@ -21,6 +21,7 @@ from distill_pipe.produce.capture import EXTRA_ARG, CaptureTimes
 from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Response
 from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.produce.step import NO_TOKEN, Wanted
+from distill_pipe.produce.tiktoken_file import tokenizer_folder
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import Root
 from distill_pipe.store.shard import QuarantinedPrompt
@@ -182,7 +183,9 @@ def _response(output: object) -> Response:
 def engine_arguments(model: str, revision: str | None, spec: RunSpec, options: EngineOptions,
                      on_cpu: bool) -> dict[str, Any]:
     """All that vLLM is told of a run, by the names of its engine arguments."""
-    return {"model": model, "revision": revision, "tokenizer_revision": revision, "dtype": spec.target.dtype, "seed": 0,
+    converted = tokenizer_folder(model, revision)
+    tokenizer = {"tokenizer_revision": revision} if converted is None else {"tokenizer": str(converted)}
+    return {"model": model, "revision": revision, **tokenizer, "dtype": spec.target.dtype, "seed": 0,
             "max_model_len": spec.engine.max_model_len, "disable_log_stats": True,
             "worker_cls": f"distill_pipe.produce.capture.Capture{'CPU' if on_cpu else 'GPU'}Worker",
             "additional_config": {EXTRA_ARG: {"layers": list(spec.capture.layers)}},
