@@ -53,6 +53,8 @@ def print_bench(found: "DraftBench", as_json: bool) -> None:
     _table(["T", "domain", "drafted", "prompts", "steps", "tau", "95 % interval"],
            [[f"{c.temperature:g}", c.domain or "all", str(c.drafted), str(c.prompts), f"{c.steps:,}", f"{c.tau:.3f}",
              f"{c.low:.3f} - {c.high:.3f}"] for c in found.counts])
+    if found.vllm:
+        say(f"vLLM, T = 0, {found.vllm.drafted} drafted: tau {found.vllm.tau:.3f} over {found.vllm.steps:,} steps")
 
 
 def _json(facts: msgspec.Struct) -> None:

@@ -5,8 +5,9 @@ Facts go to stdout, progress to stderr: a bar on a terminal, a line for every te
 """
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -102,6 +103,7 @@ def bench_draft(  # noqa: PLR0913 - options
     k: Annotated[list[int] | None, typer.Option("--k", help="Tokens to draft per step; may be repeated [positions].")
                  ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Let vLLM decode the same prompts too, at T = 0.")] = False,
     as_json: Json = False,
 ) -> None:
     """Decode speculatively with a real target and a draft, lossless, and count what is accepted."""
@@ -109,8 +111,10 @@ def bench_draft(  # noqa: PLR0913 - options
     from distill_pipe.speculative.bench import bench_draft as run_bench
 
     settings = BenchSettings(prompts=prompts, max_tokens=max_tokens, temperatures=tuple(temperature or (0.0, 1.0)),
-                             drafted=tuple(k or ()), seed=seed)
-    result = run_bench(target, draft, corpus or ["general", "code", "maths"], settings, say)
+                             drafted=tuple(k or ()), seed=seed, vllm=vllm)
+    # What an engine prints is not the command's output.
+    with redirect_stdout(sys.stderr):
+        result = run_bench(target, draft, corpus or ["general", "code", "maths"], settings, say)
     print_bench(result, as_json)
 
 

@@ -24,8 +24,8 @@ from jobs.proof.one import Result, run_training
 from jobs.proof.plan import MAIN, RECODED, RENORMALISED, SEEDS, Scale, Training, trainings
 from jobs.proof.report import by_seed, gains, mean_alpha, shown, tau, write_report
 
-SCALE = Scale(rows=2000, steps=40, batch_tokens=256, lr=1e-2, draft_vocab=24, positions=3, bench_prompts=30,
-              bench_tokens=40)
+SCALE = Scale(rows=2000, steps=40, batch_tokens=256, lr=1e-2, draft_vocab=24, positions=3, holdout_every=10,
+              bench_prompts=30, bench_tokens=40)
 
 
 @pytest.fixture(scope="module")

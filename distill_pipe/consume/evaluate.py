@@ -45,7 +45,7 @@ LENGTHS = tuple(range(1, 9))
 RESAMPLES = 1000
 SAMPLED_TEXT = "the text is a sample of the target at T = 1, so tau at T = 1 is unbiased"
 CHAINED = "the text is no sample of the target at T = 1: acceptance is taken not to depend on what was accepted"
-GREEDY = "T = 0 follows the stored text as if the target had written it greedily"
+GREEDY = "the stored text is followed as if the target had written it greedily"
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,10 +126,10 @@ def evaluate_draft(root: str | Path, draft: Draft, holdout_every: int, *, temper
     reader = ShardReader(store, layers=draft.layers, batch_tokens=batch_tokens, split=split,
                          holdout_every=holdout_every)
     rule: TailRule = tail or ("sampled" if run.spec.capture.tail_samples else "bucket")
-    found = [_at_temperature(draft, reader, labels, rule, temperature) for temperature in temperatures]
+    sums = _sums(draft, reader, labels, rule, temperatures)
     return Evaluation(arch=draft.arch, holdout_every=holdout_every,
                       assumptions={t: _assumption(run, t) for t in temperatures},
-                      domains=tuple(domain for part in found for domain in part))
+                      domains=tuple(domain for t in temperatures for domain in _by_domain(t, sums[t])))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,26 +142,33 @@ class _TraceSums:
     tau_K2: NDArray[np.float64]
 
 
-def _at_temperature(draft: Draft, reader: ShardReader, labels: dict[int, str | None], tail: TailRule,
-                    temperature: float) -> list[DomainEvaluation]:
-    if not 0 <= temperature <= 1:
-        raise UsageError(f"temperature {temperature} cannot be evaluated from stored rows: give 0, or up to 1")
+def _sums(draft: Draft, reader: ShardReader, labels: dict[int, str | None], tail: TailRule,
+          temperatures: Sequence[float]) -> dict[float, list[_TraceSums]]:
+    """What every trace adds up to, by temperature. T = 0 needs no pass of its own beside T = 1."""
+    for temperature in temperatures:
+        if not 0 <= temperature <= 1:
+            raise UsageError(f"temperature {temperature} cannot be evaluated from stored rows: give 0, or up to 1")
     steps = LENGTHS[-1] if draft.recurrent else draft.positions
-    sums: list[_TraceSums] = []
+    sums: dict[float, list[_TraceSums]] = {temperature: [] for temperature in temperatures}
     for batch in (b.to(draft.device) for b in reader):
-        found = row_acceptance(draft, batch, steps, tail, temperature or 1.0)
-        if temperature == 0:
-            found = _greedy(found)
-        passed_KT = found.passed_KT if _is_sample(reader.run, temperature) else found.alpha_KT
-        sums += _trace_sums(batch, labels, found, passed_KT)
-    if not sums:
+        at = {t: row_acceptance(draft, batch, steps, tail, t) for t in {t or 1.0 for t in temperatures}}
+        for temperature in temperatures:
+            found = at[temperature] if temperature else _greedy(at[1.0])
+            passed_KT = found.passed_KT if _is_sample(reader.run, temperature) else found.alpha_KT
+            sums[temperature] += _trace_sums(batch, labels, found, passed_KT)
+    if not all(sums.values()):
         raise UsageError("no trace is held out: the draft has seen all of this dataset")
-    by_domain: dict[str | None, list[_TraceSums]] = defaultdict(list)
+    return sums
+
+
+def _by_domain(temperature: float, sums: Sequence[_TraceSums]) -> list[DomainEvaluation]:
+    """Everything together, then each domain."""
+    by_domain: dict[str, list[_TraceSums]] = defaultdict(list)
     for one in sums:
-        by_domain[one.domain].append(one)
-    parts: list[tuple[str | None, list[_TraceSums]]] = [(None, sums)]
-    parts += [(name, of) for name, of in sorted(by_domain.items(), key=str) if name is not None]
-    return [_summary(name, temperature, of) for name, of in parts]
+        if one.domain is not None:
+            by_domain[one.domain].append(one)
+    return [_summary(None, temperature, sums),
+            *(_summary(name, temperature, of) for name, of in sorted(by_domain.items()))]
 
 
 def _greedy(found: RowAcceptance) -> RowAcceptance:

@@ -31,13 +31,15 @@ RESAMPLES = 1000
 
 
 class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is decoded. `drafted`: numbers of tokens per step to try; what the draft was trained for when empty."""
+    """What is decoded. `drafted`: numbers of tokens per step to try; what the draft was trained for when empty. `vllm`:
+    let vLLM decode the same prompts too, greedily, with the first of these numbers."""
 
     prompts: int = 20
     max_tokens: int = 64
     temperatures: tuple[float, ...] = (0.0, 1.0)
     drafted: tuple[int, ...] = ()
     seed: int = 0
+    vllm: bool = False
 
 
 class Count(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,13 +56,24 @@ class Count(msgspec.Struct, frozen=True, kw_only=True):
     high: float
 
 
+class EngineCount(msgspec.Struct, frozen=True, kw_only=True):
+    """What vLLM counted over all prompts at T = 0, and what it wrote."""
+
+    drafted: int
+    steps: int
+    accepted: int
+    tau: float
+    texts: tuple[tuple[int, ...], ...]
+
+
 class DraftBench(msgspec.Struct, frozen=True, kw_only=True):
-    """What was counted."""
+    """What was counted, by our sampler and where it was asked for by vLLM."""
 
     target: str
     arch: str
     seed: int
     counts: tuple[Count, ...]
+    vllm: EngineCount | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +96,21 @@ def bench_draft(target: str, draft_folder: Path, corpora: Sequence[str], setting
         say: told what is done.
 
     Raises:
-        UsageError: the target, the draft or a corpus cannot be used.
+        UsageError: the target, the draft or a corpus cannot be used, or vLLM cannot run a draft of this kind.
     """
     found = resolve_target(target)
     draft = load_draft(draft_folder, found.folder)
     prompts = list(bench_prompts(found, corpora, settings.prompts, settings.max_tokens))
     model = CachedTarget(load_model(found, "float32"), draft.layers)
-    return count_accepted(model, draft, prompts, settings, found.spec.name, stop_tokens(found), say)
+    bench = count_accepted(model, draft, prompts, settings, found.spec.name, stop_tokens(found), say)
+    if not settings.vllm:
+        return bench
+    from distill_pipe.speculative.vllm_decoding import decode_with_vllm
+
+    say("starting vLLM")
+    drafted = bench.counts[0].drafted
+    count = decode_with_vllm(found, draft_folder, [p.token_ids for p in prompts], drafted, settings.max_tokens)
+    return msgspec.structs.replace(bench, vllm=count)
 
 
 def count_accepted(target: Target, draft: Draft, prompts: Sequence[BenchPrompt], settings: BenchSettings, name: str,

@@ -19,30 +19,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from distill_pipe.consume.drafts.checkpoint import read_record
 from distill_pipe.errors import EngineStartError, UsageError
 from distill_pipe.produce.targets import Target
-from distill_pipe.speculative.bench import BenchPrompt
+from distill_pipe.speculative.bench import EngineCount
 
 METHODS: Final = {"eagle3": "eagle3", "medusa": "medusa", "mtp": "mtp"}
 _DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
 _KV_CACHE_BYTES = 256 << 20
 
 
-class EngineCount(msgspec.Struct, frozen=True, kw_only=True):
-    """What vLLM counted over all prompts, and what it wrote."""
-
-    steps: int
-    accepted: int
-    tau: float
-    texts: tuple[tuple[int, ...], ...]
-
-
-def decode_with_vllm(target: Target, draft_folder: Path, prompts: Sequence[BenchPrompt], drafted: int,
+def decode_with_vllm(target: Target, draft_folder: Path, prompts: Sequence[Sequence[int]], drafted: int,
                      max_tokens: int) -> EngineCount:
-    """Decode greedily in one engine of this process. It stays there until the process ends.
+    """Decode prompts, given as token ids, greedily in an engine of this process, which stays until the process ends.
 
     Raises:
         UsageError: vLLM cannot run a draft of this kind.
@@ -56,9 +45,9 @@ def decode_with_vllm(target: Target, draft_folder: Path, prompts: Sequence[Bench
 
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     before = _counters(engine)
-    outputs = engine.generate([{"prompt_token_ids": list(p.token_ids)} for p in prompts], greedy, use_tqdm=False)
+    outputs = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], greedy, use_tqdm=False)
     steps, accepted = (now - was for now, was in zip(_counters(engine), before, strict=True))
-    return EngineCount(steps=steps, accepted=accepted, tau=1 + accepted / max(steps, 1),
+    return EngineCount(drafted=drafted, steps=steps, accepted=accepted, tau=1 + accepted / max(steps, 1),
                        texts=tuple(tuple(o.outputs[0].token_ids) for o in outputs))
 
 

@@ -81,8 +81,9 @@ def write_text(folder: Path, scale: Scale) -> None:
 
 
 def training_prompts(count: int) -> list[Prompt]:
-    """Prompts that are not held out: all of the code, and of the other two domains equal shares."""
-    code = [p for p in DOMAINS["code"]() if not p.held_out]
+    """Prompts that are not held out: of the code all there are, or a third, and of the other two domains equal shares.
+    """
+    code = [p for p in DOMAINS["code"]() if not p.held_out][:count // 3]
     each = max(1, (count - len(code)) // 2)
     others = [islice((p for p in DOMAINS[name]() if not p.held_out), each) for name in ("general", "maths")]
     mixed = [*code, *chain.from_iterable(others)]

@@ -35,6 +35,7 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True):
     lr: float = 1e-3
     draft_vocab: int = 8192
     positions: int = 6
+    holdout_every: int = 20
     bench_prompts: int = 12
     bench_tokens: int = 48
 
@@ -60,7 +61,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
         """What is handed to the trainer."""
         return TrainSettings(arch=self.arch, objective=self.objective, positions=scale.positions,
                              draft_vocab=scale.draft_vocab, steps=scale.steps, lr=scale.lr,
-                             batch_tokens=scale.batch_tokens, seed=self.seed)
+                             batch_tokens=scale.batch_tokens, holdout_every=scale.holdout_every, seed=self.seed)
 
 
 def trainings() -> list[Training]:
