@@ -13,6 +13,7 @@ measured, H hidden size, P planes, W bytes of a row in one plane.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +71,7 @@ def decode_rows(coded: CodedRows, codec: HiddenCodec, dtype: torch.dtype, out_NH
         out_NH = torch.empty(shape, dtype=dtype, device=codes_NPW.device)
     for rows in _chunks(out_NH):
         if has_scale(codec):
-            out_NH[rows] = _dequantised(codes_NPW[rows, 0], coded.scale_N[rows], codec)
+            _dequantise(codes_NPW[rows, 0], coded.scale_N[rows], codec, out_NH[rows])
         elif codec == "bf16-split":
             out_NH[rows] = _joined_planes(codes_NPW[rows])
         else:
@@ -209,11 +210,28 @@ def _quantise(rows_NH: Tensor, codec: HiddenCodec) -> tuple[Tensor, Tensor]:
     return rotated_NH.mul_((1 / step_N)[:, None]).round_().to(torch.int8).view(torch.uint8), step_N
 
 
-def _dequantised(codes_NH: Tensor, scale_N: Tensor, codec: HiddenCodec) -> Tensor:
-    values_NH = codes_NH.view(torch.float8_e4m3fn if codec == "fp8" else torch.int8).float()
-    if codec != "fp8":
-        values_NH = rotate_back(values_NH)
-    return values_NH.mul_(scale_N[:, None])
+def _dequantise(codes_NH: Tensor, scale_N: Tensor, codec: HiddenCodec, out_NH: Tensor) -> None:
+    if codec == "fp8":
+        values_NH = codes_NH.view(torch.float8_e4m3fn).float()
+    else:
+        values_NH = rotate_back(codes_NH.view(torch.int8).to(_product_dtype(codec, out_NH)))
+    torch.mul(values_NH, scale_N[:, None], out=out_NH)
+
+
+def _product_dtype(codec: HiddenCodec, out_NH: Tensor) -> torch.dtype:
+    """What rows are rotated back in. Codes are whole numbers that bfloat16 holds; rounding the rotation to it costs
+    0.3 % of a row's length, which `q6` and `q5` do not notice, and more than halves the time where the processor has
+    instructions for it."""
+    if codec == "q8" or out_NH.dtype != torch.bfloat16 or out_NH.device.type != "cpu" or not _has_bfloat16_products():
+        return torch.float32
+    return torch.bfloat16
+
+
+@lru_cache(maxsize=1)
+def _has_bfloat16_products() -> bool:
+    # Older versions of torch cannot tell.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _joined_planes(codes_N2H: Tensor) -> Tensor:

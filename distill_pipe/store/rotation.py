@@ -41,20 +41,20 @@ def hartley_signed(size: int) -> Tensor:
 def rotate(rows_NH: Tensor) -> Tensor:
     """Rotate float32 rows; lengths are kept."""
     a, b = factors(rows_NH.shape[1])
-    left_aa, right_bb = _matrices(a, b, rows_NH.device)
+    left_aa, right_bb = _matrices(a, b, rows_NH.dtype, rows_NH.device)
     mixed = torch.matmul(rows_NH.reshape(-1, b), right_bb.T).view(-1, a, b)
     return (torch.matmul(left_aa, mixed) if a > 1 else mixed).view(-1, a * b)
 
 
 def rotate_back(rows_NH: Tensor) -> Tensor:
-    """The inverse of `rotate`."""
+    """The inverse of `rotate`; bfloat16 rows are rotated in bfloat16, which rounds the matrices too."""
     a, b = factors(rows_NH.shape[1])
-    left_aa, right_bb = _matrices(a, b, rows_NH.device)
+    left_aa, right_bb = _matrices(a, b, rows_NH.dtype, rows_NH.device)
     mixed = rows_NH.view(-1, a, b)
     mixed = torch.matmul(left_aa.T, mixed) if a > 1 else mixed
     return torch.matmul(mixed.reshape(-1, b), right_bb).view(-1, a * b)
 
 
 @lru_cache(maxsize=8)
-def _matrices(a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return hartley_signed(a).float().to(device), hartley_signed(b).float().to(device)
+def _matrices(a: int, b: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return hartley_signed(a).to(device, dtype), hartley_signed(b).to(device, dtype)
