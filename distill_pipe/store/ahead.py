@@ -1,6 +1,7 @@
 """Doing many small reads at a time, and taking the answers in order: what an object store needs, where each read waits.
 
-At most `READERS` answers are held. The trade-off: an error surfaces when its turn comes, not when it happens.
+At most as many answers are held as there are readers. The trade-off: an error surfaces when its turn comes, not when it
+happens.
 """
 
 from collections import deque
@@ -13,14 +14,14 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-def ahead(call: Callable[[Item], Answer], items: Iterable[Item]) -> Iterator[Answer]:
-    """`call(item)` for each item, in order, computed by threads that run at most `READERS` items ahead."""
+def ahead(call: Callable[[Item], Answer], items: Iterable[Item], readers: int = READERS) -> Iterator[Answer]:
+    """`call(item)` for each item, in order, computed by threads that run at most `readers` items ahead."""
     pending: deque[Future[Answer]] = deque()
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(readers) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(call, item))
-                if len(pending) == READERS:
+                if len(pending) == readers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

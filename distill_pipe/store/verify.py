@@ -18,6 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distill_pipe.errors import DamageError, DistillPipeError, MismatchError
+from distill_pipe.store.ahead import ahead
 from distill_pipe.store.codec import HiddenBlob
 from distill_pipe.store.commit import HIDDEN, QUARANTINE, listed_shards, require_place, shard_fragment
 from distill_pipe.store.deep import is_token_table_of, require_measured
@@ -52,6 +53,8 @@ from distill_pipe.store.spec import HiddenCodec
 from distill_pipe.store.statistics import token_table, token_table_name, write_token_table
 from distill_pipe.store.trace import Trace
 
+# Each holds a whole shard, hidden states included.
+VERIFIERS = 4
 CheckStates = Callable[[Mapping[int, HiddenBlob], HiddenCodec, int], None]
 
 
@@ -110,12 +113,11 @@ def verify(root: Root, *, deep: bool = False, repair: bool = False, check_states
     problems += [f"{root}/{name} is not a shard of this dataset, yet lies where its readers look" for name in strangers]
     totals = [0, 0, 0, 0]
     referenced: set[str] = set()
-    for shard in sorted(found):
-        try:
-            fragment, traced, given_up = _verify_shard(checks, shard)
-        except (DistillPipeError, OSError) as error:
-            problems.append(str(error))
+    for verified in ahead(lambda shard: _verified(checks, shard), sorted(found), VERIFIERS):
+        if isinstance(verified, str):
+            problems.append(verified)
             continue
+        fragment, traced, given_up = verified
         for ordinal in traced + given_up:
             seen[ordinal] = seen.get(ordinal, 0) + 1
         info = fragment.info
@@ -129,7 +131,7 @@ def verify(root: Root, *, deep: bool = False, repair: bool = False, check_states
                   quarantined=totals[1], rows=totals[2], tokens=totals[3],
                   missing_prompts=sum(o not in seen for o in range(prompts)),
                   doubled_prompts=sum(n > 1 for n in seen.values()), orphans=orphans,
-                  repaired=tuple(checks.repaired), problems=tuple(problems))
+                  repaired=tuple(sorted(checks.repaired)), problems=tuple(problems))
 
 
 def _root_problems(root: Root, run: Run) -> Iterator[str]:
@@ -145,6 +147,14 @@ def _root_problems(root: Root, run: Run) -> Iterator[str]:
         read_final_norm(root, run.spec.target.hidden_size)
     except DistillPipeError as error:
         yield str(error)
+
+
+def _verified(checks: _Checks, shard: int) -> tuple[Fragment, list[int], list[int]] | str:
+    """What `_verify_shard` returns, or what is wrong with the shard."""
+    try:
+        return _verify_shard(checks, shard)
+    except (DistillPipeError, OSError) as error:
+        return str(error)
 
 
 def _verify_shard(checks: _Checks, shard: int) -> tuple[Fragment, list[int], list[int]]:

@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Self
 
 UNEXPECTED = 99
+# In front of a root: the attempt is at summing it up.
+FINALIZE = "finalize:"
 _PR_SET_PTRACER = 0x59616D61
 
 
@@ -64,7 +66,10 @@ def _attempt(donor: str, root: str) -> int:
     os.dup2(2, 1)
     os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        copy_dataset(LocalRoot(donor), open_root(root))
+        if root.startswith(FINALIZE):
+            finalize(open_root(root.removeprefix(FINALIZE)))
+        else:
+            copy_dataset(LocalRoot(donor), open_root(root))
     except DistillPipeError as error:
         return error.exit_code
     except BaseException as error:  # noqa: BLE001 - whatever it is, the test is told
@@ -89,6 +94,7 @@ if __name__ == "__main__":
 
     from distill_pipe.errors import DistillPipeError
     from distill_pipe.store import object_root
+    from distill_pipe.store.finalize import finalize
     from distill_pipe.store.root import LocalRoot, open_root
 
     object_root._PART_BYTES = int(sys.argv[2])

@@ -37,10 +37,10 @@ def require_strace(attempts: Attempts, root: Path, scratch: Path) -> None:
         pytest.skip("strace may not trace processes here")
 
 
-def points(attempts: Attempts, root: Path, scratch: Path) -> list[Point]:
-    """Every call that an undisturbed attempt at `root` makes below it, in order."""
+def points(attempts: Attempts, root: Path, scratch: Path, what: str = "") -> list[Point]:
+    """Every call that an undisturbed attempt at `root` makes below it, in order. `what` may be FINALIZE."""
     told = scratch / "calls"
-    traced(attempts, root, ["-y", "-o", str(told), "-e", f"trace={','.join(CALLS)}"])
+    traced(attempts, f"{what}{root}", ["-y", "-o", str(told), "-e", f"trace={','.join(CALLS)}"])
     counts, found = Counter[str](), []
     for line in told.read_text().splitlines() if told.exists() else ():
         call = re.match(r"(\w+)\(", line)
@@ -52,13 +52,13 @@ def points(attempts: Attempts, root: Path, scratch: Path) -> list[Point]:
     return found
 
 
-def injected(attempts: Attempts, root: Path, point: Point, what: str) -> int:
+def injected(attempts: Attempts, root: object, point: Point, what: str) -> int:
     """The exit code of an attempt in which `what` (`signal=SIGKILL`, `error=EIO`) happens at `point`."""
     return traced(attempts, root, ["-o", os.devnull, "-e", f"trace={point.call}", "-e",
                                    f"inject={point.call}:{what}:when={point.when}"])
 
 
-def traced(attempts: Attempts, root: Path, options: list[str]) -> int:
+def traced(attempts: Attempts, root: object, options: list[str]) -> int:
     """The exit code of an attempt under strace."""
     pid = attempts.hold(root)
     tracer = subprocess.Popen(["strace", "-p", str(pid), *options], stderr=subprocess.PIPE, text=True)

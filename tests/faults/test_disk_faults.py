@@ -1,4 +1,4 @@
-"""F01 to F03, F44: every system call of a commit on the local disk fails once, or is the last.
+"""F01 to F03, F44, F50: every system call of a commit on the local disk fails once, or is the last.
 
 Catches a shard that is taken for whole and is not, a name that exists before its bytes last, an error that is
 swallowed, scratch that stays behind, and a traceback in place of a message. `make test` does every 13th call, `make
@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from tiny_datasets import Shape, make_dataset, start_run
 
+from distill_pipe.store.finalize import MANIFEST, STATISTICS, SUCCESS, TOKENS
 from distill_pipe.store.root import SCRATCH, LocalRoot
 from distill_pipe.store.verify import verify
-from faults.attempts import UNEXPECTED, Attempts
+from faults.attempts import FINALIZE, UNEXPECTED, Attempts
 from faults.strace import Point, injected, points, require_strace, traced
 
 PROMPTS = 4
@@ -85,6 +86,34 @@ def test_a_call_of_a_commit_that_fails_or_is_the_last_loses_nothing(kind, attemp
 def test_every_call_of_a_commit_that_fails_or_is_the_last_loses_nothing(kind, attempts, tmp_path, fault_row) -> None:
     count, seconds = fail_every_call(attempts, tmp_path, kind, step=1)
     fault_row(f"{kind} at every system call of a commit", count, count, seconds=seconds)
+
+
+def kill_finalize(attempts: Attempts, tmp_path: Path, step: int) -> int:
+    """Kill `finalize` at its calls; the next one must write what an undisturbed one does. Returns the kills."""
+    path = fresh_root(tmp_path)
+    assert attempts.run(path) == 0
+    found = points(attempts, path, tmp_path, FINALIZE)
+    summary = (MANIFEST, STATISTICS, TOKENS, SUCCESS)
+    wanted = {name: LocalRoot(path).read(name) for name in summary}
+    for point in found[::step]:
+        for name in summary:
+            LocalRoot(path).remove(name)
+        assert injected(attempts, f"{FINALIZE}{path}", point, "signal=SIGKILL") == -signal.SIGKILL, point
+        assert verify(LocalRoot(path)).clean, point
+        assert attempts.run(f"{FINALIZE}{path}") == 0, point
+        assert {name: LocalRoot(path).read(name) for name in summary} == wanted, point
+    return len(found[::step])
+
+
+def test_f50_a_finalize_that_is_killed_is_repeated_to_the_same_bytes(attempts, tmp_path, fault_row) -> None:
+    kills = kill_finalize(attempts, tmp_path, step=13)
+    fault_row("F50 finalize killed at every 13th system call", kills, kills)
+
+
+@pytest.mark.faults
+def test_f50_finalize_killed_at_every_call_is_repeated_to_the_same_bytes(attempts, tmp_path, fault_row) -> None:
+    kills = kill_finalize(attempts, tmp_path, step=1)
+    fault_row("F50 finalize killed at every system call", kills, kills)
 
 
 @pytest.mark.parametrize("error", ["EPERM", "EOPNOTSUPP", "EMLINK"])
