@@ -206,8 +206,9 @@ def test_decoding_to_bfloat16_costs_next_to_nothing_on_any_processor(codec: Hidd
     blob = encode_hidden(exact_NH, codec)
     exactly, quickly = (relative_errors(exact_NH, decode_hidden(blob, codec, width, dtype=dtype))
                         for dtype in (torch.float32, torch.bfloat16))
-    # bfloat16 alone is off by 0.17 % of a row.
-    assert (quickly <= 1.02 * exactly + (0.0005 if codec == "q8" else 0)).all()
+    # The rounding of what comes out is 0.17 % of a row by itself.
+    assert quickly.mean() <= 1.04 * exactly.mean()
+    assert (quickly <= exactly + 2e-3).all()
 
 
 @pytest.mark.parametrize("codec", CODECS)
