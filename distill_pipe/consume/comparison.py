@@ -10,7 +10,7 @@ entry by entry; its mass outside, P, is known and sampled. Four rules say what s
 | `sampled` | D + P mean_{x ~ p_tail} min(1, q_x / p_x)          | head + P mean_{x ~ p_tail} log p_x/q_x | unbiased   |
 | `drop`    | D = sum_S min(p, q)                                | head = sum_S p log p/q                 | alpha low  |
 | `bucket`  | D + min(P, Q), with Q = 1 - sum_S q                | head + P log P/Q                       | alpha high |
-| `exact`   | over all tokens, of the target's own logits (see `exact`)                                               |
+| `exact`   | all tokens, from the target's own logits           | the same                               | exact      |
 
 Nothing is renormalised: a renormalised head has another optimum than p. A row's sampled alpha may exceed its upper
 bound, or 1; clamping it would bias the mean.

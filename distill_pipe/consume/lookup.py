@@ -5,7 +5,7 @@
 Whatever is computed from the K + M looked-up numbers, its gradient is one softmax, scaled row by row, and K + M
 additions. So nothing of the size of the logits is kept between forward and backward but the logits themselves, and
 rows are gone through in pieces that stay in the processor's cache. The trade-off: the softmax is computed twice, which
-costs less than writing it to memory and reading it again.
+costs less time than writing it to memory and reading it again.
 
 Shapes: R rows, X tokens asked for, D entries of the draft's vocabulary. The looked-up `logq_RX` has a column more, X1,
 when the mass outside the tokens is asked for as well.
