@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.chat import RenderedPrompt, Renderer, load_tokenizer
+from distill_pipe.produce.engines import start_renderer
 from distill_pipe.produce.loss_mask import TemplateError
+from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import Message
+from distill_pipe.store.spec import CaptureSpec, CorpusSpec, EngineSpec, RunSpec, TargetSpec
 
 CLOSE = "<|im_end|>"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", CLOSE]
@@ -264,3 +267,15 @@ def test_with_a_template_no_start_token_is_added(tmp_path: Path) -> None:
     renderer = Renderer(save_tokenizer(tmp_path, CHATML, start_token=True))
     rendered = renderer.render(talk("a", "b"), "corpus")
     assert renderer.tokenizer.convert_tokens_to_ids("<|endoftext|>") not in rendered.token_ids_T
+
+
+def test_the_prompts_of_a_run_that_goes_on_after_midnight_do_not_change(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, DATED)
+    spec = RunSpec(target=TargetSpec(name="t", revision="r", architecture="A", dtype="float32", vocab_size=9,
+                                     hidden_size=1, num_layers=1, tokenizer_sha256="0" * 64),
+                   corpus=CorpusSpec(files=(), prompts=1), responses="target", sampling=None, capture=CaptureSpec(),
+                   engine=EngineSpec(name="none", version="0", max_model_len=9), prompts_per_shard=1)
+    run = Run(fingerprint=spec.fingerprint, spec=spec, plan=(), created_by="test",
+              created_at="2024-02-29T23:59:58+00:00")
+    renderer = start_renderer(run, str(folder), None)
+    assert decode(renderer, renderer.render(talk("a"), "target").token_ids_T).startswith("today is 29 Feb 2024;")

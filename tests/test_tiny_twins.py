@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, prompt_records, stored_traces, write_corpus
+from runs import PROMPTS, command, prompt_records, stored_traces, write_corpus
 from tiny_twins import LAYERS, VOCAB, write_twin
 
 from distill_pipe.consume.losses import lk_hybrid_loss
@@ -21,7 +21,9 @@ from distill_pipe.produce.targets import resolve_target
 from distill_pipe.store.plan import Message
 
 TWINS = [name for name in preset_names() if (found := load_preset(name)) and found.config is not None]
-RECORDS = [*prompt_records(), {"id": "turns", "messages": [
+# So many that one is held out from training.
+NUMBERS = tuple(f"Count from {i} to {i + 9}." for i in range(24))
+RECORDS = [*prompt_records((*PROMPTS, *NUMBERS)), {"id": "turns", "messages": [
     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue.", "reasoning_content": "The sea is."},
     {"role": "user", "content": "Why?"}]}]
@@ -55,7 +57,7 @@ def test_a_twin_goes_through_generate_verify_and_a_step_of_training(tmp_path: Pa
     env = {FOLDER_VARIABLE: str(tmp_path)}
     corpus, out = write_corpus(tmp_path / "c.jsonl", RECORDS), tmp_path / "out"
     lines = [("generate", "--target", name, "--corpus", corpus, "--out", out, "--hidden-codec", "q8", "--set",
-              "prompts_per_shard=4"), ("verify", out)]
+              "prompts_per_shard=8", "--set", "engine.max_num_seqs=16"), ("verify", out)]
     layers = resolve_layers_of(name)
     if layers:
         lines.append(("train", out, "--arch", "eagle3", "--steps", 1, "--positions", 2, "--target", tmp_path / name,

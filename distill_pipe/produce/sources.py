@@ -11,7 +11,7 @@ makes a local file of a corpus that is used more than once.
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -103,7 +103,9 @@ class _HubFile:
     def open(self) -> IO[bytes]:
         from huggingface_hub import HfFileSystem
 
-        return cast(IO[bytes], HfFileSystem().open(self.path, "rb"))
+        files = HfFileSystem()
+        return _ranged(self.address, lambda: int(files.info(self.path)["size"]),
+                       lambda start, stop: bytes(files.cat_file(self.path, start=start, end=stop)))
 
     def sha256(self) -> str:
         return self.listed_sha256 or _hash(self)
@@ -151,29 +153,43 @@ class _Object:
         return self.uri
 
     def open(self) -> IO[bytes]:
-        return cast(IO[bytes], io.BufferedReader(_ObjectReader(self.uri), _CHUNK_BYTES))
+        import obstore
+        from obstore.store import from_url
+
+        folder, _, key = self.uri.rpartition("/")
+        stores: list[Any] = []
+
+        def size() -> int:
+            stores.append(from_url(folder))
+            return int(obstore.head(stores[0], key)["size"])
+
+        return _ranged(self.uri, size, lambda start, stop: bytes(obstore.get_range(stores[0], key, start=start,
+                                                                                   end=stop)))
 
     def sha256(self) -> str:
         return _hash(self)
 
 
-class _ObjectReader(io.RawIOBase):
-    """An object as a file: each read asks for a range."""
+def _ranged(address: str, size: Callable[[], int], fetch: Callable[[int, int], bytes]) -> IO[bytes]:
+    """A remote file whose parts are fetched as they are read.
 
-    def __init__(self, uri: str) -> None:
-        import obstore
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
+    Raises:
+        UsageError: it is not there, or empty.
+    """
+    try:
+        length = size()
+    except Exception as error:  # noqa: BLE001 - hub and stores fail in classes of their own, which differ by version
+        raise UsageError(f"corpus {address} cannot be read: {_first_line(error)}") from None
+    if length == 0:
+        raise UsageError(f"corpus {address}: the file is empty")
+    return cast(IO[bytes], io.BufferedReader(_Ranges(address, length, fetch), _CHUNK_BYTES))
 
-        folder, _, self._key = uri.rpartition("/")
-        self._uri, self._at, self._failures, self._range = uri, 0, BaseError, obstore.get_range
-        try:
-            self._store: Any = from_url(folder)
-            self._size = int(obstore.head(self._store, self._key)["size"])
-        except (BaseError, ValueError, FileNotFoundError) as error:
-            raise UsageError(f"corpus {uri} cannot be read: {_first_line(error)}") from None
-        if self._size == 0:
-            raise UsageError(f"corpus {uri}: the file is empty")
+
+class _Ranges(io.RawIOBase):
+    """Ranges of a remote file as a file."""
+
+    def __init__(self, address: str, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        self._address, self._size, self._fetch, self._at = address, size, fetch, 0
 
     def readable(self) -> bool:
         return True
@@ -194,9 +210,10 @@ class _ObjectReader(io.RawIOBase):
         if length <= 0:
             return 0
         try:
-            view[:length] = bytes(self._range(self._store, self._key, start=self._at, length=length))
-        except self._failures as error:
-            raise OSError(f"{self._uri}: {_first_line(error)}") from error
+            view[:length] = self._fetch(self._at, self._at + length)
+        except Exception as error:
+            # Readers of files know this class, and hub and stores have their own.
+            raise OSError(f"{self._address}: {_first_line(error)}") from error
         self._at += length
         return length
 
