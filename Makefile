@@ -10,7 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 .PHONY: help install demo test layouts test-targets loaders check schemas bench faults soak drafts proof clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 install: ## Build .venv with the CPU engine, the demo's data and the developer's tools
 	rm -f $(STAMP)

@@ -15,12 +15,16 @@ import pytest
 from msgspec.structs import replace
 from runs import LONG_PROMPT, PROMPTS, prompt_records, write_corpus
 from test_forecast import run_spec
+from test_presets import PUBLISHED
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.characters import CharacterRenderer
 from distill_pipe.produce.chat import Renderer, TooLongError
+from distill_pipe.produce.forecast import forecast
 from distill_pipe.produce.gpus import GPUS
+from distill_pipe.produce.job import load_job
 from distill_pipe.produce.memory import Device, Memory
+from distill_pipe.produce.preset import load_preset
 from distill_pipe.produce.sample import Totals
 from distill_pipe.produce.smollm2 import materialise_smollm2
 from distill_pipe.produce.targets import planned_target, preset_target
@@ -59,6 +63,21 @@ def test_a_plan_of_a_685b_target_needs_nothing_of_it(corpus: Path) -> None:
     notes = " ".join(found["notes"])
     for part in ("the preset's", "4 bytes of text", "50% of its memory bandwidth", "responses are assumed to have 700"):
         assert part in notes
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_preset_is_planned_on_every_type_of_gpu(corpus: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+                                                     gpu: str) -> None:
+    monkeypatch.setattr("distill_pipe.produce.targets._reachable", lambda *_: False)
+    preset = load_preset(name)
+    assert preset is not None
+    given = {"target": name, "corpus": str(corpus), "gpus": f"{2 * preset.layouts[gpu].devices}x{gpu}"}
+    found = forecast(load_job(None, ["prompts_per_shard=3"], given, needs_out=False))
+    assert found.layout.startswith("2 x (")
+    assert found.memory.weights + found.memory.kv_least < found.memory.devices_per_engine * GPUS[gpu].bytes
+    assert bool(found.layers) == preset.limits.states
+    assert found.throughput is not None
 
 
 def test_gpus_that_cannot_hold_the_target_are_refused_with_the_numbers(corpus: Path) -> None:
