@@ -161,6 +161,7 @@ def test_an_empty_folder_makes_an_empty_page(tmp_path: Path) -> None:
 
 
 def test_no_prompt_is_both_trained_on_and_decoded() -> None:
+    pytest.importorskip("reasoning_gym")
     trained, decoded = training_prompts(600), bench_prompts(20)
     assert 590 < len(trained) <= 600
     assert {p.domain for p in trained} == {p.domain for p in decoded} == {"general", "code", "maths"}

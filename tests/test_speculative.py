@@ -182,12 +182,14 @@ def test_tau_is_counted_by_domain_temperature_and_length(folder, target) -> None
     assert found == count_accepted(target, make("eagle3", folder), prompts, settings, "tiny", frozenset())
 
 
-def test_real_prompts_are_found_and_a_part_of_each_domain_is_held_out() -> None:
-    for domain, prompts in DOMAINS.items():
-        taken = list(itertools.islice(prompts(), 150))
-        assert {p.domain for p in taken} == {domain}
-        assert len({p.id for p in taken}) == len(taken) == 150
-        assert 10 < sum(p.held_out for p in taken) < 50
+@pytest.mark.parametrize("domain", sorted(DOMAINS))
+def test_real_prompts_are_found_and_a_part_of_each_domain_is_held_out(domain: str) -> None:
+    if domain == "maths":
+        pytest.importorskip("reasoning_gym")
+    taken = list(itertools.islice(DOMAINS[domain](), 150))
+    assert {p.domain for p in taken} == {domain}
+    assert len({p.id for p in taken}) == len(taken) == 150
+    assert 10 < sum(p.held_out for p in taken) < 50
 
 
 def test_bench_prompts_are_held_out_rendered_by_the_targets_template_and_fit(tmp_path: Path) -> None:
