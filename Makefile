@@ -59,5 +59,14 @@ soak: $(STAMP) ## Half an hour of kills, lost nodes, pauses and a store that thr
 proof: $(STAMP) ## LK losses against KL, and compact shards against exact ones: 84 trainings, hours; goes on where it stopped
 	$(BIN)/python -m jobs.proof
 
+lock: $(STAMP) ## Write requirements.lock anew: what a reader and a trainer need, with hashes
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra train --universal --python-version 3.11 --generate-hashes --no-annotate \
+	    --custom-compile-command "make lock" --upgrade --quiet --output-file requirements.lock
+
+audit-deps: $(STAMP) ## Look up the pins of requirements.lock in the database of known vulnerabilities; fails if any is missing there
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict
+
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo-out

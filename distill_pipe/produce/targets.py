@@ -119,7 +119,7 @@ def _find(name: str, preset: Preset, revision: str | None) -> tuple[str | None, 
         return None, materialise_smollm2(), None
     if preset.model == "fake":
         return None, Path(__file__).parents[1] / "targets" / "fake", None
-    if Path(preset.model).is_dir():
+    if os.path.isdir(preset.model):  # unlike Path.is_dir, it takes any string
         return None, Path(preset.model).absolute(), None
     if _HUB_ID.match(preset.model) and not preset.model.startswith("."):
         return preset.model, *_hub_facts(preset, revision)
