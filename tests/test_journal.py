@@ -50,7 +50,7 @@ def test_counters_have_their_fixed_names_and_only_failures_a_label() -> None:
 def test_events_are_appended_one_object_a_line_with_their_time_and_without_secrets(tmp_path: Path) -> None:
     for shard in range(2):
         with Journal(tmp_path / "log") as journal:
-            journal.write("shard_failed", shard=shard, **{"class": "store", "reason": "hf_abcdefghijklmnop\nwas refused"})
+            journal.write("shard_failed", shard=shard, **{"class": "store", "reason": "hf_abcdefghijkl\nwas refused"})
     first, second = map(json.loads, (tmp_path / "log").read_text().splitlines())
     assert datetime.fromisoformat(first.pop("time")).utcoffset() is not None
     assert first == {"event": "shard_failed", "shard": 0, "class": "store", "reason": f"{MASK}\nwas refused"}
@@ -58,7 +58,7 @@ def test_events_are_appended_one_object_a_line_with_their_time_and_without_secre
 
 
 def test_a_log_that_cannot_be_written_is_one_line_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--log-json .* cannot be written"):
+    with pytest.raises(UsageError, match=r"--log-json .* cannot be written"):
         Journal(tmp_path / "nowhere" / "log")
 
 

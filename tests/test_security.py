@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fakes import questions
+from fakes import quarantined, questions
 from faults.jobs import marked_processes, running
 from runs import prompt_records, write_corpus
 
@@ -52,8 +52,7 @@ def test_no_secret_is_left_behind_however_a_run_ends(tmp_path: Path, ray_folder:
     marked = [*questions(12), "[fault:nan] and [fault:refuse]"]
     corpus = write_corpus(tmp_path / "c.jsonl", prompt_records(marked))
     env = {**SECRETS, "RAY_TMPDIR": str(ray_folder), "DISTILL_PIPE_FAKE_FAULTS": "1"}
-    endings = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "finish": None}
-    for how, sent in endings.items():
+    for sent in (signal.SIGKILL, signal.SIGTERM, None):
         with running(corpus, tmp_path / "out", "--log-json", tmp_path / "log.jsonl", env=env) as job:
             if sent is not None:
                 job.wait_for_commits(tmp_path / "out")
@@ -61,7 +60,7 @@ def test_no_secret_is_left_behind_however_a_run_ends(tmp_path: Path, ray_folder:
                 job.process.wait(60)
             else:
                 job.end()
-                assert b"prompt_quarantined" in (tmp_path / "log.jsonl").read_bytes(), how
+    assert quarantined(tmp_path / "out") == [12]
     assert any(ray_folder.rglob("*.log")), "Ray's own logs were looked at"
     assert leaked(tmp_path, ray_folder) == {}
 

@@ -30,13 +30,13 @@ CLUSTER_ENV = {"RAY_AUTH_MODE": "disabled"}
 class RunningJob:
     """One `generate` command, and the processes it started."""
 
-    def __init__(self, corpus: Path, out: Path, *args: object, env: dict[str, str] | None = None,
+    def __init__(self, corpus: Path, out: Path | str, *args: object, env: dict[str, str] | None = None,
                  settings: tuple[str, ...] = SETTINGS, wrapped: tuple[str, ...] = ()) -> None:
         self.mark = f"DISTILL_PIPE_TEST={uuid.uuid4()}"
         name, value = self.mark.split("=")
         line = [*wrapped, sys.executable, "-m", "distill_pipe.cli", "generate", "--corpus", corpus, "--out", out,
                 *settings, *args]
-        self.log = out.with_name(f"{value}.log")
+        self.log = corpus.with_name(f"{value}.log")
         environment = {**os.environ, "DISTILL_PIPE_FAKE_STEP_SECONDS": STEP_SECONDS, **(env or {}), name: value}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(list(map(str, line)), env=environment, stderr=log,
@@ -83,7 +83,7 @@ class RunningJob:
 
 
 @contextmanager
-def running(corpus: Path, out: Path, *args: object, **options: object) -> Iterator[RunningJob]:
+def running(corpus: Path, out: Path | str, *args: object, **options: object) -> Iterator[RunningJob]:
     """A run that is gone afterwards, whatever happens."""
     job = RunningJob(corpus, out, *args, **options)  # type: ignore[arg-type]
     try:

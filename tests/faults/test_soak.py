@@ -8,7 +8,6 @@ import os
 import random
 import time
 from collections import Counter
-from pathlib import Path
 
 import psutil
 import pytest
@@ -88,7 +87,7 @@ def test_f52_half_an_hour_of_kills_lost_nodes_pauses_and_throttling(tmp_path, se
         while time.monotonic() < ends or not finished(outs[-1]):
             if finished(outs[-1]):
                 outs.append(seaweed.new_folder())
-            with running(tmp_path / "c.jsonl", Path(outs[-1]), "--workers", WORKERS, "--set",
+            with running(tmp_path / "c.jsonl", outs[-1], "--workers", WORKERS, "--set",
                          f"address={nodes.address}", env=CLUSTER_ENV) as job:
                 while job.alive and time.monotonic() < ends:
                     weather.strike(job)
