@@ -14,6 +14,7 @@ from distill_pipe.produce.engine import Request, RequestError, Response, TargetE
 from distill_pipe.produce.loss_mask import TemplateError
 from distill_pipe.produce.schedule import Work
 from distill_pipe.produce.sink import ShardOutcome
+from distill_pipe.redact import redacted
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import PlannedPrompt, read_planned_shard
 from distill_pipe.store.root import Root
@@ -113,7 +114,7 @@ class ShardWorker:
                 self._engine.add(Request(prompt.ordinal, rendered.token_ids_T, mask))
             except (TemplateError, RequestError, TooLongError) as error:
                 opened.quarantined.append(QuarantinedPrompt(prompt.ordinal, prompt.prompt_id, _CODES[type(error)],
-                                                            str(error)[:MESSAGE_CHARACTERS]))
+                                                            redacted(str(error))[:MESSAGE_CHARACTERS]))
                 continue
             opened.prompts[prompt.ordinal] = (prompt, rendered)
             self._shard_of[prompt.ordinal] = work.shard
