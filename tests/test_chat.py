@@ -180,6 +180,8 @@ def test_a_response_that_was_cut_off_is_not_said_to_have_ended(chatml: Renderer)
     rendered = chatml.render([*talk("a"), Message("assistant", "and then", ended=False)], "corpus")
     assert spoken(chatml, rendered) == "and then"
     assert rendered.loss_mask_T[-1]
+    with pytest.raises(TemplateError, match="no token of the conversation belongs to the assistant"):
+        chatml.render([*talk("a"), Message("assistant", "", ended=False)], "corpus")
 
 
 MARKED = CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"

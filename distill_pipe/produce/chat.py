@@ -80,7 +80,7 @@ class Renderer:
         """Render one conversation.
 
         Raises:
-            TemplateError: the template refuses it, or rewrites earlier turns so that no prefix stays a prefix.
+            TemplateError: the template refuses it, or changes it so that the assistant's words cannot be told.
         """
         if responses == "target":
             ids = self._encode(self._text(messages, generate=True), first=True)
@@ -111,18 +111,16 @@ class Renderer:
             token_ids += ids
             mask += [True] * self._closing(ids) if piece.spoken else [False] * len(ids)
             mask += [False] * (len(token_ids) - len(mask))
-        while mask and not mask[-1]:
-            token_ids.pop()
-            mask.pop()
-        if not any(mask):
-            raise TemplateError("no token of the conversation belongs to the assistant")
+        _cut_after_the_mask(token_ids, mask)
         if self._marks:
             self._require_same_marks(messages, token_ids, mask)
         last = messages[_last_index(messages)]
-        if last.supervised and not last.ended and token_ids[-1] in self._special:
+        if last.supervised and not last.ended and token_ids and token_ids[-1] in self._special:
             # It was cut off: the target did not say that it was done.
-            token_ids.pop()
-            mask.pop()
+            mask[-1] = False
+            _cut_after_the_mask(token_ids, mask)
+        if not mask:
+            raise TemplateError("no token of the conversation belongs to the assistant")
         return RenderedPrompt(token_ids, mask)
 
     def _require_same_marks(self, messages: Sequence[Message], token_ids: list[int], mask: list[bool]) -> None:
@@ -170,6 +168,12 @@ def _turn(message: Message) -> dict[str, object]:
     if message.tool_calls is not None:
         turn["tool_calls"] = json.loads(message.tool_calls)
     return turn | {name: value for name in ("tool_call_id", "name") if (value := getattr(message, name)) is not None}
+
+
+def _cut_after_the_mask(token_ids: list[int], mask: list[bool]) -> None:
+    """Drop what follows the last supervised token: it supervises nothing."""
+    end = next((i for i in range(len(mask), 0, -1) if mask[i - 1]), 0)
+    del token_ids[end:], mask[end:]
 
 
 def _last_index(messages: Sequence[Message]) -> int:
