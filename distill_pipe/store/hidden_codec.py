@@ -215,7 +215,8 @@ def _dequantise(codes_NH: Tensor, scale_N: Tensor, codec: HiddenCodec, out_NH: T
         values_NH = codes_NH.view(torch.float8_e4m3fn).float()
     else:
         values_NH = rotate_back(codes_NH.view(torch.int8).to(_product_dtype(codec, out_NH)))
-    torch.mul(values_NH, scale_N[:, None], out=out_NH)
+    # Scales have eight significant bits: bfloat16 holds them.
+    out_NH.copy_(values_NH.mul_(scale_N[:, None].to(values_NH.dtype)))
 
 
 def _product_dtype(codec: HiddenCodec, out_NH: Tensor) -> torch.dtype:
