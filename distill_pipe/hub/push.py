@@ -69,7 +69,7 @@ def push(root: Root, repository: Repository, *, private: bool, on_commit: Callab
     run = require_run(root)
     shards = sorted(committed_shards(root))
     complete = len(shards) == run.spec.num_shards
-    if complete:
+    if complete and root.size(SUCCESS) is None:
         finalize(root)
     fragments = list(ahead(lambda shard: shard_fragment(root, run, shard), shards))
     repository.create(private=private)

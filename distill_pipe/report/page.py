@@ -8,6 +8,7 @@ import base64
 import hashlib
 import importlib.resources
 from string import Template
+from typing import Final
 
 import msgspec
 
@@ -16,10 +17,13 @@ from distill_pipe.report.facts import Report
 # `</script>` and `<!--` would end or change the block; the line separators end a line in old JavaScript.
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
+_SCRIPTS: Final = ("pieces.js", "charts.js", "viewer.js", "page.js")
+
 
 def render(report: Report) -> str:
     """The page."""
-    page, style, script = (_part(name) for name in ("page.html", "page.css", "page.js"))
+    page, style = _part("page.html"), _part("page.css")
+    script = "\n".join(_part(name) for name in _SCRIPTS)
     policy = (f"default-src 'none'; base-uri 'none'; img-src data:; style-src '{_digest(style)}'; "
               f"script-src '{_digest(script)}'")
     return Template(page).substitute(policy=policy, style=style, script=script, data=embedded(report))
