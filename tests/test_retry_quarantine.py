@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes import SETTINGS, assert_whole, quarantined
+from fakes import assert_whole, fake_job, quarantined, run_here
 from runs import command, stored_traces, write_corpus
 
 from distill_pipe.store.manifest import require_run
@@ -13,8 +13,8 @@ from distill_pipe.store.spec import spec_differences
 
 pytestmark = pytest.mark.ray
 FAULTS = {"DISTILL_PIPE_FAKE_FAULTS": "1"}
-LAID_OUT = ("--layers", "1,4", "--set", "sampling.seed=7", "--set", "capture.coverage=0.9", "--set",
-            "capture.top_k_max=64", "--set", "max_model_len=256")
+LAID_OUT = ("capture.layers=[1, 4]", "sampling.seed=7", "capture.coverage=0.9", "capture.top_k_max=64",
+            "max_model_len=256")
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +22,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two prompts failed in the engine, and one is too long."""
     folder = tmp_path_factory.mktemp("run")
     texts = ["one", "two [fault:nan]", "three", "four [fault:refuse]", "five " * 200, "six"]
-    corpus = write_corpus(folder / "c.jsonl", [{"id": f"p{i}", "domain": "numbers", "prompt": text}
-                                               for i, text in enumerate(texts)])
-    done = command("generate", "--corpus", corpus, "--out", folder / "out", *SETTINGS, *LAID_OUT, "--set",
-                   "max_failed_share=1", env=FAULTS)
-    assert done.returncode == 0, done.stderr
+    job = fake_job(folder, "out", *LAID_OUT)
+    write_corpus(folder / "c.jsonl", [{"id": f"p{i}", "domain": "numbers", "prompt": text}
+                                      for i, text in enumerate(texts)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILL_PIPE_FAKE_FAULTS", "1")
+        run_here(job)
     return folder / "out"
 
 
@@ -46,6 +47,7 @@ def test_prompts_that_failed_run_again_with_the_same_settings_into_a_dataset_of_
     assert "0 of 1 shards made by this call" in done.stderr
 
 
+@pytest.mark.faults
 def test_prompts_that_the_corpus_is_to_blame_for_run_again_when_asked_for(run: Path) -> None:
     everything = run.with_name("everything")
     done = command("retry-quarantine", run, "--all", "--out", everything, "--set", "max_model_len=2048", env=FAULTS)

@@ -48,21 +48,25 @@ def leaked(*folders: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_no_secret_is_left_behind_however_a_run_ends(tmp_path: Path, ray_folder: Path) -> None:
-    marked = [*questions(12), "[fault:nan] and [fault:refuse]"]
+def test_no_secret_is_left_behind_and_no_port_is_open_to_strangers(tmp_path: Path, ray_folder: Path) -> None:
+    marked = [*questions(40), "[fault:nan] and [fault:refuse]"]
     corpus = write_corpus(tmp_path / "c.jsonl", prompt_records(marked))
     env = {**SECRETS, "RAY_TMPDIR": str(ray_folder), "DISTILL_PIPE_FAKE_FAULTS": "1"}
-    for sent in (signal.SIGKILL, signal.SIGTERM, None):
+    addresses: set[str] = set()
+    for sent in (signal.SIGKILL, None):
         with running(corpus, tmp_path / "out", "--log-json", tmp_path / "log.jsonl", env=env) as job:
             if sent is not None:
                 job.wait_for_commits(tmp_path / "out")
+                addresses = {ip for ip, _ in listening(marked_processes(job.mark))}
                 job.process.send_signal(sent)
                 job.process.wait(60)
             else:
                 job.end()
-    assert quarantined(tmp_path / "out") == [12]
+    assert quarantined(tmp_path / "out") == [40]
     assert any(ray_folder.rglob("*.log")), "Ray's own logs were looked at"
     assert leaked(tmp_path, ray_folder) == {}
+    assert addresses, "a Ray of ours listens on the loopback interface, and there alone"
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.parametrize("code", [
@@ -100,15 +104,6 @@ def test_a_variable_that_says_it_is_secret_hides_its_value_and_one_that_names_a_
     monkeypatch.setenv("SSH_KEY", str(tmp_path))
     monkeypatch.setenv("SHORT_TOKEN", "abc")
     assert redacted(f"correct horse, {tmp_path}, abc") == f"{MASK}, {tmp_path}, abc"
-
-
-def test_a_ray_of_ours_listens_on_the_loopback_interface_alone(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c.jsonl", prompt_records(questions(100)))
-    with running(corpus, tmp_path / "out") as job:
-        job.wait_for_commits(tmp_path / "out")
-        addresses = {ip for ip, _ in listening(marked_processes(job.mark))}
-    assert addresses
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.faults
