@@ -23,6 +23,7 @@ from distill_pipe.errors import DamageError, MismatchError, StoreAccessError, St
 from distill_pipe.hub.pull import Pulled, pull
 from distill_pipe.hub.push import Pushed, push
 from distill_pipe.hub.remote import WAITS, Repository
+from distill_pipe.report.collect import collect
 from distill_pipe.store.card import write_card
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.root import open_root
@@ -63,11 +64,11 @@ def nothing(*_: object) -> None:
     """What is called between the steps."""
 
 
-def pushed(folder: Path) -> Pushed:
-    return push(open_root(folder), Repository(REPO), private=True, on_commit=nothing)
+def pushed(folder: str | Path, repository: str = REPO) -> Pushed:
+    return push(open_root(folder), Repository(repository), private=True, on_commit=nothing)
 
 
-def pulled(folder: Path) -> Pulled:
+def pulled(folder: str | Path) -> Pulled:
     return pull(Repository(REPO), open_root(folder), revision=None, on_part=nothing)
 
 
@@ -281,6 +282,17 @@ def test_the_card_says_what_is_there_and_an_edited_one_stays(hub: Hub, dataset: 
     (dataset / "README.md").write_text("---\nlicense: mit\n---\nmine too")
     pulled(dataset)
     assert (dataset / "README.md").read_text().endswith("mine too")
+
+
+def test_an_object_store_is_pushed_from_and_pulled_into_like_a_folder(hub: Hub, dataset: Path, tmp_path: Path) -> None:
+    pushed(dataset)
+    store = f"memory://{tmp_path.name}"
+    assert pulled(store).fetched == len(tree_of(dataset))
+    assert pulled(store).fetched == 0
+    assert verify(open_root(store)).clean
+    assert collect(open_root(store), str).tokens == collect(open_root(dataset), str).tokens
+    assert pushed(store, "someone/again").sent == len(tree_of(dataset))
+    assert hub.repos["someone/again"].trees[-1] == hub.repos[REPO].trees[-1]
 
 
 LOAD = """
