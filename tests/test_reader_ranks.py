@@ -4,12 +4,19 @@ The order itself is tested in `test_order`; here it is files, threads, processes
 """
 
 import json
+import pickle
+import subprocess
+import sys
 import threading
 from collections import Counter
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import pytest
+import reading_rank
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,6 +119,31 @@ def test_a_loaded_state_holds_for_one_iteration_and_its_epoch_is_kept(root: Path
     reader.set_epoch(2)
     assert steps_of(reader) == whole[3:]
     assert steps_of(reader) == whole
+
+
+def by_workers(reader: ShardReader, workers: int) -> list[Batch]:
+    """What a DataLoader makes of that many workers, in one process: it asks them by turns."""
+    lanes = []
+    for worker in range(workers):
+        told = SimpleNamespace(id=worker, num_workers=workers)
+        with patch("distill_pipe.consume.reader.get_worker_info", lambda told=told: told):
+            lanes.append(list(pickle.loads(pickle.dumps(reader))))  # noqa: S301 - as a worker gets it
+    return [batch for turn in zip_longest(*lanes) for batch in turn if batch is not None]
+
+
+@settings(max_examples=25, deadline=None)
+@given(budget=st.integers(10, 60), rank=st.integers(0, 2), workers=st.integers(1, 5), later=st.integers(1, 5),
+       stop=st.integers(1, 6), interleave=st.integers(1, 3))
+def test_any_number_of_workers_keeps_the_order_and_may_change_in_the_middle(
+        root: Path, budget: int, rank: int, workers: int, later: int, stop: int, interleave: int) -> None:
+    reader = ShardReader(root, batch_tokens=budget, dp_rank=rank, dp_world=3, threads=0, interleave=interleave)
+    whole = steps_of(reader)
+    batches = by_workers(reader, workers)
+    assert [ordinals(batch) for batch in batches] == whole
+    for batch in batches[stop - 1:stop]:
+        resumed = ShardReader(root, batch_tokens=budget, dp_rank=rank, dp_world=3, threads=0, interleave=interleave)
+        resumed.load_state_dict(batch.state_dict())
+        assert [ordinals(rest) for rest in by_workers(resumed, later)] == whole[stop:]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -241,7 +273,7 @@ def test_what_was_skipped_is_part_of_the_state(tmp_path: Path) -> None:
 def test_the_hash_is_checked_once_per_process_and_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                                                   ) -> None:
     from distill_pipe.consume import opened
-    make_dataset(tmp_path, 8, seed=int.from_bytes(str(tmp_path).encode()[-4:]))
+    make_dataset(tmp_path, 8)
     hashed, real = [], opened.sha256_of
     monkeypatch.setattr(opened, "sha256_of", lambda path: hashed.append(path.name) or real(path))
     list(ShardReader(tmp_path, layers=(1,), check_hashes=False))
@@ -261,3 +293,25 @@ def test_a_failure_in_a_thread_is_the_callers_and_no_thread_is_left(tmp_path: Pa
     with pytest.raises(DamageError, match="shard-0000001"):
         list(ShardReader(tmp_path, layers=(1,), threads=3))
     assert threading.active_count() == before
+
+
+def test_ranks_that_are_more_than_shards_train_like_one_process_and_none_hangs(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "dataset", 14, Shape(prompts_per_shard=14))
+    ranks = 2
+    command = [sys.executable, str(Path(reading_rank.__file__)), str(tmp_path / "dataset"), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank), str(ranks)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True) for rank in range(ranks)]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    alone = reading_rank.train_alone(tmp_path / "dataset", ranks)
+    found = [np.load(tmp_path / f"rank-{rank}.npz") for rank in range(ranks)]
+    for arrays in found:
+        np.testing.assert_allclose(arrays["losses"], alone["losses"], rtol=1e-4)
+        np.testing.assert_allclose(arrays["weight"], alone["weight"], rtol=1e-4, atol=1e-6)
+    assert sorted(o for arrays in found for o in arrays["seen"].tolist()) == sorted([*range(14), *range(14)])

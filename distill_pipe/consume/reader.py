@@ -19,7 +19,8 @@ batch that was trained on; it is the same on all ranks.
         for batch in loader:
             ...
 
-Hugging Face Trainer: the loader is not prepared by Accelerate, which would share out what each rank has to itself.
+Hugging Face Trainer: the loader is not prepared by Accelerate, which would share out what each rank has to itself. With
+`load_state_dict`, set `ignore_data_skip=True`, or the Trainer skips what the reader has skipped already.
 
     class PackedTrainer(Trainer):
         def get_train_dataloader(self):
@@ -176,6 +177,7 @@ class ShardReader(IterableDataset[Batch]):
 
         Raises:
             MismatchError: the state belongs to another dataset, or to settings that make other batches.
+            DamageError: a shard is gone that was there when the state was saved.
         """
         loaded = decode_state(state, self.run.fingerprint, self._selection)
         absent = sorted(set(from_ranges(loaded.shards)) - set(self._shards))
