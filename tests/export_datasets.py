@@ -19,6 +19,8 @@ from distill_pipe.store.trace import Trace
 EPS = 1e-5
 SHAPE = Shape(num_layers=4, layers=(1, 2, 3, 4), final_norm_eps=EPS)
 PROMPTS = 10
+# Short enough that some traces are cut by trainers of fixed lengths.
+SEQ = 12
 
 
 def norm_weight(shape: Shape = SHAPE) -> np.ndarray:
@@ -81,3 +83,19 @@ def assert_rounds_to(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=0)
+
+
+def traces() -> list[Trace]:
+    """What `normed_dataset` holds."""
+    return [random_trace(i, SHAPE) for i in range(PROMPTS)]
+
+
+def pickled(folder: Path, pattern: str) -> list[dict[str, torch.Tensor]]:
+    files = sorted(folder.rglob(pattern), key=lambda p: int(p.stem.rpartition("_")[2]))
+    return [torch.load(f, weights_only=True) for f in files]
+
+
+def head_of_row(trace: Trace, row: int) -> tuple[list[int], np.ndarray]:
+    ends = trace.topk_counts_R.cumsum()
+    span = slice(ends[row] - trace.topk_counts_R[row], ends[row])
+    return trace.topk_ids_N[span].tolist(), trace.topk_logprobs_N[span]

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from distill_pipe.consume.exporters import DEFAULTS, ExportOptions, Layout, trainer_layout
-from distill_pipe.consume.exporters.files import whole_file
+from distill_pipe.consume.exporters.files import SCRATCH, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.errors import MismatchError, UsageError
 from distill_pipe.store.disk import storage_failures
@@ -119,7 +119,8 @@ def _claim(folder: Path, record: ExportRecord) -> None:
         if differing:
             raise MismatchError(f"{folder} holds another export ({'; '.join(differing)}); give another folder")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A call that was killed before this point may have left a scratch file.
+    if folder.exists() and (not folder.is_dir() or any(p.suffix != SCRATCH for p in folder.iterdir())):
         raise UsageError(f"{folder} is not empty and no export; give another folder")
     with whole_file(path) as scratch:
         scratch.write_bytes(msgspec.json.encode(record))

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from distill_pipe.consume.exporters.record import Sample
 
+SCRATCH = ".part"
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; moved to `path` when the body is done, gone when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Hidden, and unlike anything that a loader looks for, in case the process is killed.
-    scratch = path.parent / f".{uuid.uuid4().hex}.part"
+    scratch = path.parent / f".{uuid.uuid4().hex}{SCRATCH}"
     try:
         yield scratch
         with open(scratch, "rb") as file:

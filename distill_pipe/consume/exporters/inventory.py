@@ -30,7 +30,7 @@ class Inventory:
 
     Raises:
         MismatchError: there is no dataset, or this version cannot read it.
-        UsageError: shards are missing, or `holdout_every` is out of range.
+        UsageError: shards are missing, the split is empty, or `holdout_every` is out of range.
         DamageError: a main shard cannot be read.
     """
 
@@ -49,6 +49,8 @@ class Inventory:
         self._starts = list(accumulate(map(len, self._rows), initial=0))
         self.lengths_N: NDArray[np.int64] = np.concatenate([c.tokens_N[rows] for c, rows in
                                                             zip(found, self._rows, strict=True)])
+        if len(self) == 0:
+            raise UsageError(f"{root} has no trace in the split {split!r}")
 
     def __len__(self) -> int:
         return len(self.lengths_N)
