@@ -15,6 +15,7 @@ from distill_pipe.consume.sparse import FlatEntries, SparseTarget
 from distill_pipe.errors import DamageError, MismatchError, UsageError
 from distill_pipe.store.manifest import encode_record, fragment_name, read_fragment, shard_name
 from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.spec import HiddenCodec
 
 PROMPTS = 10
 
@@ -267,6 +268,15 @@ def test_without_the_target_hidden_states_are_read_alone(root: Path, monkeypatch
     damage(path, tokens.data_page_offset + tokens.total_compressed_size - 5)
     with pytest.raises(DamageError, match="shard-0000001"):
         ordinals(ShardReader(root, target=False, check_hashes=False))
+
+
+@pytest.mark.parametrize("codec", ["q6", "q8", "bf16-split", "bf16", "fp8", "f32"])
+def test_hidden_states_are_decoded_on_the_device_that_was_asked_for(tmp_path: Path, codec: HiddenCodec) -> None:
+    make_dataset(tmp_path, 4, Shape(hidden_codec=codec))
+    on_cpu, elsewhere = (next(iter(ShardReader(tmp_path, layers=(1,), device=device))) for device in ("cpu", "meta"))
+    assert elsewhere.hidden[1].device.type == "meta"
+    assert (elsewhere.hidden[1].shape, elsewhere.hidden[1].dtype) == (on_cpu.hidden[1].shape, on_cpu.hidden[1].dtype)
+    assert torch.equal(elsewhere.token_ids_T, on_cpu.token_ids_T)
 
 
 def test_a_layer_asked_for_twice_is_read_once(root: Path) -> None:

@@ -96,6 +96,8 @@ class ShardReader(IterableDataset[Batch]):
         check_hashes: check the sha256 of each file when this process opens it first.
         threads, prefetch: how many threads read and decode ahead, and how many batches they may be ahead; 0 threads
             work when a batch is asked for.
+        device: where hidden states are decoded. On a GPU, coded bytes are moved and not decoded ones, and processors
+            only unpack; `batch.to` moves the rest. With threads, and without worker processes.
 
     Every trace comes exactly once per epoch, over all ranks and workers, and all ranks take the same number of steps:
     where batches do not suffice, the last step of a rank is a padding batch.
@@ -109,7 +111,7 @@ class ShardReader(IterableDataset[Batch]):
                  layers: Sequence[int] = (), batch_tokens: int = 8192, seed: int = 0, epoch: int = 0,
                  split: Split = "all", holdout_every: int = 10, dp_rank: int = 0, dp_world: int = 1,
                  interleave: int = 1, target: bool = True, on_damage: OnDamage = "raise", check_hashes: bool = True,
-                 threads: int = 1, prefetch: int = 2) -> None:
+                 threads: int = 1, prefetch: int = 2, device: torch.device | str = "cpu") -> None:
         self._root = open_root(root) if isinstance(root, (str, os.PathLike)) else root
         self.run = require_run(self._root)
         self._layers = require_layers(self._root, self.run, layers)
@@ -122,7 +124,7 @@ class ShardReader(IterableDataset[Batch]):
             raise UsageError(f"on_damage must be one of {', '.join(get_args(OnDamage))}, and is {on_damage!r}")
         self._selection = make_selection(batch_tokens, seed, split, holdout_every)
         self._rank, self._world, self._interleave = dp_rank, dp_world, interleave
-        self._on_damage, self._threads, self._prefetch = on_damage, threads, prefetch
+        self._on_damage, self._threads, self._prefetch, self._device = on_damage, threads, prefetch, device
         self._files = ShardFiles(self._root, self.run, self._layers, check_hashes, target)
         self._shards = tuple(sorted(committed_shards(self._root)))
         self._resumed: State | None = None
@@ -214,12 +216,12 @@ class ShardReader(IterableDataset[Batch]):
 
     def _batch(self, order: EpochOrder, opened: OpenShards, span: Span | None, state: State) -> Batch:
         if span is None:
-            return padding(self._layers, self.run, state)
+            return padding(self._layers, self.run, state, self._device)
         encoded: list[EncodedTrace] = []
         for shard, rows in order.traces(span):
             one = opened.get(shard)
             encoded += [one.encoded(row) for row in rows.tolist()]
-        return pack(encoded, self._layers, self.run, state)
+        return pack(encoded, self._layers, self.run, state, self._device)
 
     def _order(self, state: State, skipped: set[int]) -> EpochOrder:
         def contents(shard: int) -> Contents:
