@@ -98,6 +98,8 @@ def kill_finalize(attempts: Attempts, tmp_path: Path, step: int) -> int:
     for point in found[::step]:
         for name in summary:
             LocalRoot(path).remove(name)
+        # Or the attempt would have a folder less to make than the one that was traced.
+        (path / TOKENS).parent.rmdir()
         assert injected(attempts, f"{FINALIZE}{path}", point, "signal=SIGKILL") == -signal.SIGKILL, point
         assert verify(LocalRoot(path)).clean, point
         assert attempts.run(f"{FINALIZE}{path}") == 0, point
