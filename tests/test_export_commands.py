@@ -55,6 +55,7 @@ def test_what_a_renormalising_trainer_loses_is_said_once_and_is_in_the_facts(cli
     (["--to", "specforge", "--layers", "none"], 2, "needs at least one"),
     (["--to", "speculators", "--layers", "one"], 2, "write numbers with commas"),
     (["--to", "automodel-dspark"], 2, "give the target's folder with --target"),
+    (["--to", "axolotl", "--out", "s3://bucket/export"], 2, "an export is written to a local folder"),
     (["--to", "deepspec", "--dtype", "f32"], 2, "deepspec takes hidden states as bf16"),
 ])
 def test_a_mistake_gets_one_line_with_the_fix(cli, tmp_path, options, code, says) -> None:

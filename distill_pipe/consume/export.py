@@ -7,6 +7,7 @@ be many times the dataset; `adapters` yields the same dictionaries without it.
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def _record(layout: Layout) -> ExportRecord:
 
 def _claim(folder: Path, record: ExportRecord) -> None:
     """Make the folder this export's, or see that it is."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise UsageError(f"{folder}: an export is written to a local folder, since trainers read it from one")
     path = folder / RECORD
     if path.exists():
         try:
