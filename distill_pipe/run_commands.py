@@ -106,5 +106,5 @@ def run(job: "Job", as_json: bool, log_json: Path | None) -> None:
         return
     per_token = facts.bytes / max(facts.tokens, 1)
     say(f"{job.out}: {facts.traces} traces, {facts.rows} rows, {facts.tokens} tokens, {per_token:,.0f} bytes per token"
-         f", {facts.quarantined} prompts quarantined; {len(meter.shards)} of {num_shards(done)} shards made by this "
+         f", {facts.quarantined} prompts quarantined; {meter.shards} of {num_shards(done)} shards made by this "
          f"call in {meter.seconds:,.0f} s")

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distill_pipe.produce.worker import Progress as Step
 from distill_pipe.store.manifest import Fragment, Run
 
-LOG_SECONDS = 10.0
+# A line without news, and one with: many small shards are not a line each.
+LOG_SECONDS, SHARD_SECONDS = 10.0, 1.0
 
 
 class RunMeter:
@@ -22,7 +23,7 @@ class RunMeter:
         self._engine_up: float | None = None
         self._bar: Progress | None = None
         self.prompts = self.tokens = self.rows = self.bytes = self.quarantined = self.total = 0
-        self.shards: list[int] = []
+        self.shards = 0
         self.shards_left = 0
 
     @contextmanager
@@ -58,9 +59,9 @@ class RunMeter:
             task = self._bar.tasks[0]
             self._bar.update(task.id, completed=self.prompts, description="generating" if self.prompts else
                              task.description, facts=self.facts())
-        elif step.outcomes or time.monotonic() - self._logged > LOG_SECONDS:
+        elif time.monotonic() - self._logged > (SHARD_SECONDS if step.outcomes else LOG_SECONDS):
             self._logged = time.monotonic()
-            self._console.print(f"{self.prompts}/{self.total} prompts, {len(self.shards)}/{self.shards_left} shards, "
+            self._console.print(f"{self.prompts}/{self.total} prompts, {self.shards}/{self.shards_left} shards, "
                                 f"{self.facts()}{self._eta()}", highlight=False)
 
     def facts(self) -> str:
@@ -84,7 +85,7 @@ class RunMeter:
 
     def _count(self, fragment: Fragment) -> None:
         info = fragment.info
-        self.shards.append(info.shard)
+        self.shards += 1
         self.rows += info.rows
         self.quarantined += info.quarantined
         self.bytes += fragment.file.size + sum(ref.size for ref in (info.hidden, info.quarantine) if ref is not None)
