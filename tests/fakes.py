@@ -1,5 +1,6 @@
 """Runs of the fake target, and what they stored, as rows that can be compared."""
 
+import json
 import time
 from pathlib import Path
 
@@ -80,3 +81,12 @@ def assert_whole(out: Path, prompts: int, given_up: int = 0) -> Report:
     assert (report.traces, report.quarantined, report.missing_prompts, report.doubled_prompts) == (
         prompts - given_up, given_up, 0, 0), report
     return report
+
+
+def job_file(folder: Path, name: str = "job.yaml", **fields: object) -> Path:
+    """A job of the fake target over `c.jsonl` in the same folder, with these fields over it. JSON is YAML."""
+    plain = {"target": "fake", "corpus": str(folder / "c.jsonl"), "out": str(folder / "out"),
+             "sampling": {"max_tokens": 8}, "prompts_per_shard": 4} | fields
+    path = folder / name
+    path.write_text(json.dumps(plain))
+    return path

@@ -2,24 +2,16 @@
 its paths missing there.
 """
 
-import json
 from pathlib import Path
 
 import pytest
+from fakes import job_file
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import command, write_corpus
 
 from distill_pipe.errors import ClusterError, UsageError
 from distill_pipe.produce.submission import RUNNING, next_name, read_submission
-
-
-def job_file(folder: Path, name: str = "job.yaml", **fields: object) -> Path:
-    plain = {"target": "fake", "corpus": str(folder / "c.jsonl"), "out": str(folder / "out"),
-             "sampling": {"max_tokens": 8}, "prompts_per_shard": 4} | fields
-    path = folder / name
-    path.write_text(json.dumps(plain))
-    return path
 
 
 def test_a_job_has_one_name_whatever_it_runs_on_and_another_for_other_data(tmp_path: Path) -> None:
