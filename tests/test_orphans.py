@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
-from distill_pipe.store.commit import HIDDEN, QUARANTINE, commit_shard
+from distill_pipe.store.commit import HIDDEN, QUARANTINE, commit_shard, committed_shards
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Run, fragment_name, read_fragment, shard_name, sidecar_name
 from distill_pipe.store.orphans import collect_garbage
@@ -125,9 +125,9 @@ def test_a_quarantine_file_of_an_attempt_that_lost_is_an_orphan_and_that_of_the_
     assert root.size(info.quarantine.name) == info.quarantine.size
 
 
-def test_f43_gc_while_a_run_is_writing_deletes_nothing_of_it(tmp_path: Path, fault_row) -> None:
-    """Without scratch, which only age protects: every sidecar that appears belongs to a shard that will be there."""
-    run = start_run(tmp_path, 200, Shape(prompts_per_shard=2))
+def test_f43_gc_while_a_run_is_writing_takes_nothing_of_it(tmp_path: Path, fault_row) -> None:
+    """Grace aside, the one thing that may be taken for an orphan is a sidecar whose shard was not committed yet."""
+    run = start_run(tmp_path, 120, Shape(prompts_per_shard=2))
     root, finished = LocalRoot(tmp_path), threading.Event()
 
     def write(run: Run) -> None:
@@ -140,6 +140,9 @@ def test_f43_gc_while_a_run_is_writing_deletes_nothing_of_it(tmp_path: Path, fau
     writer.start()
     rounds = 0
     while not finished.is_set():
+        before = committed_shards(root)
+        listed = [name for name in collect_garbage(root, grace_seconds=0).files if name.startswith(HIDDEN)]
+        assert not {int(name.split("-")[1]) for name in listed} & before
         assert collect_garbage(root, delete=True, grace_seconds=60).files == ()
         rounds += 1
     writer.join()

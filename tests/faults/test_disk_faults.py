@@ -1,7 +1,7 @@
 """F01 to F03, F44, F50: every system call of a commit on the local disk fails once, or is the last.
 
 Catches a shard that is taken for whole and is not, a name that exists before its bytes last, an error that is
-swallowed, scratch that stays behind, and a traceback in place of a message. `make test` does every 13th call, `make
+swallowed, scratch that stays behind, and a traceback in place of a message. `make test` does every 17th call, `make
 faults` all.
 """
 
@@ -77,8 +77,8 @@ def fail_every_call(attempts: Attempts, tmp_path: Path, kind: str, step: int) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_call_of_a_commit_that_fails_or_is_the_last_loses_nothing(kind, attempts, tmp_path, fault_row) -> None:
-    count, seconds = fail_every_call(attempts, tmp_path, kind, step=13)
-    fault_row(f"{kind} at every 13th system call of a commit", count, count, seconds=seconds)
+    count, seconds = fail_every_call(attempts, tmp_path, kind, step=17)
+    fault_row(f"{kind} at every 17th system call of a commit", count, count, seconds=seconds)
 
 
 @pytest.mark.faults
@@ -108,8 +108,8 @@ def kill_finalize(attempts: Attempts, tmp_path: Path, step: int) -> int:
 
 
 def test_f50_a_finalize_that_is_killed_is_repeated_to_the_same_bytes(attempts, tmp_path, fault_row) -> None:
-    kills = kill_finalize(attempts, tmp_path, step=13)
-    fault_row("F50 finalize killed at every 13th system call", kills, kills)
+    kills = kill_finalize(attempts, tmp_path, step=17)
+    fault_row("F50 finalize killed at every 17th system call", kills, kills)
 
 
 @pytest.mark.faults
