@@ -5,6 +5,7 @@
 
 The last state is given behind the final norm: every head takes that, while only some honour `hidden_states_prenorm`.
 The trainer uses the stored mask with `answer_only_loss`; it weights the distribution at t by the mask at t.
+Training looks for files in subfolders too; calibration of a quantised draft does not, and takes one of them.
 """
 
 from typing import ClassVar
