@@ -1,5 +1,6 @@
 """Catches random access that gives another trace than was asked for, and forms of a batch that do not line up."""
 
+import pickle
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,8 +57,11 @@ def test_traces_joined_are_the_batch_that_a_reader_packs(root: Path) -> None:
 
 
 def test_a_data_loader_shuffles_and_joins_in_workers(root: Path) -> None:
-    loader = DataLoader(ShardDataset(root, layers=(1,)), batch_size=4, shuffle=True, collate_fn=join, num_workers=2,
-                        multiprocessing_context="spawn")
+    dataset = ShardDataset(root, layers=(1,))
+    assert len(dataset[0].ordinals_B)
+    # As a spawned worker gets it; what is open stays behind.
+    sent = pickle.loads(pickle.dumps(dataset))  # noqa: S301 - made one line above
+    loader = DataLoader(sent, batch_size=4, shuffle=True, collate_fn=join, num_workers=2)
     assert sorted(int(o) for batch in loader for o in batch.ordinals_B) == list(range(PROMPTS))
 
 

@@ -53,7 +53,7 @@ def test_a_forked_worker_says_what_to_do_instead_of_waiting_for_ever(s3_folder: 
 
 def test_records_are_looked_up_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distill_pipe.consume import opened
-    make_dataset(tmp_path, 40)
+    make_dataset(tmp_path, 24)
     asked: list[set[int]] = []
     busy: set[int] = set()
     real = opened.read_fragment
@@ -66,11 +66,11 @@ def test_records_are_looked_up_together(tmp_path: Path, monkeypatch: pytest.Monk
         return real(root, shard)
 
     monkeypatch.setattr(opened, "read_fragment", slow)
-    assert ShardReader(tmp_path).num_traces() == 40
+    assert ShardReader(tmp_path).num_traces() == 24
     assert max(map(len, asked)) > 3
     asked.clear()
     next(iter(ShardReader(tmp_path, dp_rank=1, dp_world=5, batch_tokens=20)))
     assert max(map(len, asked)) > 3
     asked.clear()
-    assert len(ShardDataset(tmp_path)) == 40
+    assert len(ShardDataset(tmp_path)) == 24
     assert max(map(len, asked)) > 3
