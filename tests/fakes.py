@@ -17,7 +17,7 @@ from distill_pipe.produce.schedule import Work
 from distill_pipe.produce.worker import ShardWorker
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import num_shards
-from distill_pipe.store.root import LocalRoot
+from distill_pipe.store.root import LocalRoot, Root, open_root
 from distill_pipe.store.verify import Report, verify
 
 SETTINGS = ("--target", "fake", "--set", "sampling.max_tokens=12", "--set", "engine.max_num_seqs=4", "--set",
@@ -34,10 +34,10 @@ def fake_job(folder: Path, out: str, *settings: str, prompts: list[str] | None =
                     {"target": "fake", "corpus": str(corpus), "out": str(folder / out)})
 
 
-def run_here(job: Job, order: list[int] | None = None) -> tuple[Run, LocalRoot]:
+def run_here(job: Job, order: list[int] | None = None) -> tuple[Run, Root]:
     """The whole run in this process, without Ray, shards started in `order`."""
     _, spec = prepare(job)
-    root = LocalRoot(job.out)
+    root = open_root(job.out)
     run = freeze(root, spec, job)
     worker = ShardWorker(FakeEngine(run, root, job.engine.max_num_seqs), ByteRenderer(), root, run)
     left, fresh = set(range(num_shards(run))), order or list(range(num_shards(run)))
