@@ -202,6 +202,16 @@ def test_a_pull_that_fails_leaves_a_valid_dataset_and_the_same_command_fetches_t
     assert all(hub.fetched[f"data/train/0000/{p.name}"] == before[f"data/train/0000/{p.name}"] for p in left)
 
 
+def test_a_pull_waits_out_failures_that_pass(hub: Hub, dataset: Path, tmp_path: Path, no_waiting) -> None:
+    pushed(dataset)
+    # Six in a row are more than the client itself tries.
+    hub.faults = [Fault("HEAD", "shard-0000001", 503, times=7), Fault("GET", "shard-0000002", 0),
+                  Fault("GET", "/tree/", 429), Fault("HEAD", "run.json", 500, times=7)]
+    pulled(tmp_path / "back")
+    assert all(fault.times == 0 for fault in hub.faults)
+    assert verify(open_root(tmp_path / "back")).clean
+
+
 def test_another_run_is_neither_pushed_over_nor_pulled_over(hub: Hub, dataset: Path, tmp_path: Path) -> None:
     pushed(dataset)
     other = tmp_path / "other"
