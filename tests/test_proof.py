@@ -19,7 +19,8 @@ from distill_pipe.consume.drafts.draft import Draft
 from distill_pipe.speculative.bench import BenchPrompt, BenchSettings, DraftBench, count_accepted
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.verify import verify
-from jobs.proof.data import bench_prompts, recode, training_prompts
+from jobs.proof import data
+from jobs.proof.data import bench_prompts, conversation, keep_responses, recode, training_prompts, write_text
 from jobs.proof.one import Result, run_training
 from jobs.proof.plan import MAIN, RECODED, RENORMALISED, SEEDS, Scale, Training, trainings
 from jobs.proof.report import by_seed, gains, mean_alpha, shown, tau, write_report
@@ -181,3 +182,15 @@ def test_a_result_is_json_that_says_what_it_is_of(results: Path) -> None:
         Training(part="grid", label="kl", arch="eagle3", objective=load(results)[0].training.objective, dataset=MAIN,
                  seed=1, decode=True)) | {"objective": {}}
     assert found["scale"]["steps"] == 25
+
+
+def test_responses_that_were_kept_are_trained_on_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "RESPONSES", tmp_path / "responses.jsonl.zst")
+    scale = Scale(rows=1000, max_tokens=100)
+    records = [conversation(prompt, f"Answer {i}, with \u00e4 and \n.") for i, prompt in
+               enumerate(training_prompts(3 * scale.rows // scale.max_tokens)[:10])]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    keep_responses(tmp_path, scale)
+    write_text(tmp_path / "again", scale)
+    assert [json.loads(line) for line in (tmp_path / "again" / "scored.jsonl").read_text().splitlines()] == records
+    assert data._kept_responses(Scale(rows=1000, max_tokens=100, temperature=1.0)) == {}

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from distill_pipe.consume.opened import ShardFiles
@@ -31,7 +32,7 @@ from distill_pipe.store.trace import Trace
 from jobs.proof.plan import CAPTURES, LAYERS, MAIN, RECODED, RENORMALISED, Scale
 
 TARGET = "smollm2-135m"
-TEXTS = 128
+RESPONSES = Path(__file__).with_name("responses.jsonl.zst")
 
 
 def dataset_names() -> list[str]:
@@ -58,11 +59,18 @@ def make_dataset(name: str, folder: Path, scale: Scale) -> None:
 
 
 def write_text(folder: Path, scale: Scale) -> None:
-    """The conversations that are scored: prompts with the target's responses, until there are enough tokens of them."""
+    """The conversations that are scored: prompts with the target's responses, until there are enough tokens of them.
+
+    Responses that were kept with the results are taken again, so that every machine trains on the same text.
+    """
     if (folder / "scored.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     prompts = training_prompts(3 * scale.rows // scale.max_tokens)
+    kept = _kept_responses(scale)
+    if kept:
+        _write_lines(folder / "scored.jsonl", [conversation(p, kept[p.id]) for p in prompts if p.id in kept])
+        return
     records: list[dict[str, object]] = []
     rows, first = 0, 0
     while rows < scale.rows and first < len(prompts):
@@ -78,6 +86,27 @@ def write_text(folder: Path, scale: Scale) -> None:
         rows += sum(tokens for _, tokens in written.values())
         first += share
     _write_lines(folder / "scored.jsonl", records)
+
+
+def keep_responses(folder: Path, scale: Scale) -> None:
+    """Put the responses beside this file, without their prompts: those come from packages."""
+    lines = [_origin(scale), *({"id": record["id"], "response": record["messages"][-1]["content"]}
+                               for record in map(json.loads, (folder / "scored.jsonl").read_text().splitlines()))]
+    with pa.CompressedOutputStream(str(RESPONSES), "zstd") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _kept_responses(scale: Scale) -> dict[str, str]:
+    """What was kept, by prompt id; nothing when it is of another scale."""
+    if not RESPONSES.exists():
+        return {}
+    with pa.input_stream(str(RESPONSES), compression="zstd") as file:
+        origin, *lines = map(json.loads, file.read().decode().splitlines())
+    return {line["id"]: line["response"] for line in lines} if origin == _origin(scale) else {}
+
+
+def _origin(scale: Scale) -> dict[str, object]:
+    return {"target": TARGET, "rows": scale.rows, "max_tokens": scale.max_tokens, "temperature": scale.temperature}
 
 
 def training_prompts(count: int) -> list[Prompt]:
