@@ -1,15 +1,23 @@
-"""Datasets that several test files read, each made once by the real command line."""
+"""Datasets that several test files read, each made once by the real command line; and what of the machine must not
+reach the tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from runs import GENERATE, LONG_PROMPT, PROMPTS, SCORE, prompt_records, succeed, write_corpus
 
-# How fast an example runs says something about the machine and its other users, and nothing about the code.
-settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How fast an example runs says something about the machine and its other users, and nothing about the code. And which
+# examples are tried does not depend on the machine: what fails there must fail here.
+settings.register_profile("any-machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
+# Every server that a test talks to is one of its own.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"127.0.0.1,localhost,{os.environ.get('NO_PROXY', '')}".rstrip(",")
+# Each makes Rich colour what is not printed on a terminal.
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
+    os.environ.pop(_name, None)
 
 # The table of faults, and the S3 server that some of them need.
 pytest_plugins = ["faults.table", "faults.seaweed"]

@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -73,7 +73,7 @@ characters = st.characters(exclude_categories=["Cs"])
 texts = st.text(characters, max_size=30).filter(lambda text: not any(token in text for token in SPECIAL))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(st.lists(texts, min_size=2, max_size=8).map(lambda t: t[:len(t) // 2 * 2]), st.none() | texts)
 def test_the_masked_tokens_are_the_assistants_words_and_their_closing_token(chatml: Renderer, turns: list[str],
                                                                             system: str | None) -> None:
@@ -86,7 +86,7 @@ def test_the_masked_tokens_are_the_assistants_words_and_their_closing_token(chat
     assert not rendered.loss_mask_T[0]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(st.lists(texts, min_size=1, max_size=5).filter(lambda t: len(t) % 2 == 1))
 def test_a_prompt_for_the_target_ends_where_the_assistant_begins_and_has_no_mask(chatml: Renderer,
                                                                                  turns: list[str]) -> None:
@@ -142,7 +142,7 @@ def thought(reasoning: str | None, content: str) -> Message:
     return Message("assistant", content, reasoning_content=reasoning)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.lists(st.tuples(texts, texts.filter(lambda t: "think" not in t)), min_size=1, max_size=3))
 def test_thoughts_are_supervised_in_the_last_turn_and_history_without_them_is_context(
         thinking: Renderer, turns: list[tuple[str, str]]) -> None:

@@ -143,13 +143,13 @@ def test_the_plain_script_tries_again_only_what_may_pass(tmp_path: Path, code, t
 
 
 def test_the_plain_script_hands_sigterm_on_and_waits_for_the_run(tmp_path: Path) -> None:
-    process = plain(tmp_path, f"trap 'sleep 0.3; echo done > {tmp_path}/done; exit 143' TERM\nsleep 100 & wait")
+    process = plain(tmp_path, f"trap 'sleep 0.3; echo done > {tmp_path}/done; exit 143' TERM\n"
+                             f"touch {tmp_path}/ready\nsleep 100 & wait")
     try:
         end = time.monotonic() + 60
-        while not calls(tmp_path):
+        while not (tmp_path / "ready").exists():
             assert time.monotonic() < end
             time.sleep(0.02)
-        time.sleep(0.3)
         process.terminate()
         process.wait(60)
     finally:

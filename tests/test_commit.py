@@ -119,7 +119,7 @@ def test_processes_racing_for_every_shard_make_one_dataset(tmp_path: Path, fault
     start_run(tmp_path / "out", 24, Shape(prompts_per_shard=2))
     racers = [subprocess.Popen([*COMMITTER, tmp_path / "donor", tmp_path / "out"], stdout=subprocess.DEVNULL)
               for _ in range(2)]
-    assert [racer.wait(60) for racer in racers] == [0, 0]
+    assert [racer.wait(300) for racer in racers] == [0, 0]
     report = verify(LocalRoot(tmp_path / "out"))
     assert report.clean
     assert (report.shards_found, report.traces, report.orphans) == (12, 24, ())

@@ -192,7 +192,7 @@ def test_an_engine_s_process_ends_when_nobody_calls_it_any_more(tmp_path: Path) 
             "from test_driver import orphaned_replica\n"
             "replica = orphaned_replica(Path(sys.argv[1]))\n"
             "replica.start()\n"
-            "for _ in range(8):\n    replica.advance([], 0.5)\n"
+            "for _ in range(14):\n    replica.advance([], 0.5)\n"
             "print('called', flush=True)\n"
             "time.sleep(600)\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300,
@@ -201,5 +201,5 @@ def test_an_engine_s_process_ends_when_nobody_calls_it_any_more(tmp_path: Path) 
 
 
 def orphaned_replica(folder: Path) -> Replica:
-    """An engine whose driver is missed after two seconds."""
-    return Replica(EnginePlan("", None, EngineOptions(), (folder / "run").read_bytes(), str(folder / "out"), 1, 2.0))
+    """An engine whose driver is missed after five seconds."""
+    return Replica(EnginePlan("", None, EngineOptions(), (folder / "run").read_bytes(), str(folder / "out"), 1, 5.0))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_datasets import Shape, make_dataset, random_trace, start_run
 
+from distill_pipe.store import orphans
 from distill_pipe.store.commit import HIDDEN, QUARANTINE, commit_shard, committed_shards
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Run, fragment_name, read_fragment, shard_name, sidecar_name
@@ -98,6 +99,24 @@ def test_nothing_of_a_shard_whose_record_cannot_be_read_is_deleted(root: Root) -
     found = collect_garbage(root, delete=True, grace_seconds=0)
     assert (found.files, found.unreadable) == ((), (shard_name(1),))
     assert root.size(orphan()) == 5
+
+
+def test_an_orphan_that_is_written_again_while_gc_looks_is_left_alone(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was started again makes the same sidecar, under the same name, and is about to refer to it."""
+    make_dataset(tmp_path, PROMPTS)
+    root, look = LocalRoot(tmp_path), orphans._referenced
+    for name in (orphan(shard=1), orphan(shard=2)):
+        root.publish_bytes(b"12345", name)
+        os.utime(root.local(name), (0, 0))
+
+    def meanwhile(*args: object) -> object:
+        root.publish_bytes(b"12345", orphan(shard=1))
+        return look(*args)
+
+    monkeypatch.setattr(orphans, "_referenced", meanwhile)
+    assert collect_garbage(root, delete=True).files == (orphan(shard=2),)
+    assert root.size(orphan(shard=1)) == 5
 
 
 def test_a_fragment_and_a_summary_are_not_believed(root: Root) -> None:

@@ -169,6 +169,17 @@ def test_an_engine_that_dies_whatever_it_is_given_stops_the_run() -> None:
     assert not world.committed
 
 
+def test_a_shard_that_kills_whoever_writes_it_stops_the_run_though_its_prompts_pass() -> None:
+    made = schedule(shards=1)
+    made.ready(0, 0)
+    for _ in range(BARREN_DEATHS):
+        assert made.died(0, DEATH) == [Start(0)]
+        assert made.ready(0, 0) == [Feed(0, Work(0, (0, 1, 2, 3)))]
+        made.progressed(0, 0, alive=True, finished=4, passed={0}, decided=set())
+    assert made.died(0, DEATH) == [Stop(Failure("engine", f"{BARREN_DEATHS} engines died while they wrote shard 0; "
+                                                          "the last cause: it died"))]
+
+
 def schedule(shards: int = 4, engines: int = 1, **limits: float) -> Schedule:
     made = Schedule(range(shards), engines, 4, 4 * shards, 2, Limits(**limits))
     assert made.start() == [Start(i) for i in range(engines)]

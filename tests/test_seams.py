@@ -188,8 +188,11 @@ def following(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of the next release: a few hundred kilobytes out of a wheel of 300 MB."""
     folder = tmp_path_factory.mktemp("vllm")
     script = Path(__file__).with_name("remote_wheel.py")
-    done = subprocess.run([sys.executable, script, f"vllm=={NEXT}", folder, *SEAMS], capture_output=True, text=True,
-                          timeout=120)
+    try:
+        done = subprocess.run([sys.executable, script, f"vllm=={NEXT}", folder, *SEAMS], capture_output=True, text=True,
+                              timeout=240)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"the files of vllm {NEXT} are too slow to come")
     if done.returncode == CANNOT_BE_REACHED:
         pytest.skip(f"no files of vllm {NEXT} can be had: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stderr

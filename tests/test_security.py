@@ -49,7 +49,7 @@ def leaked(*folders: Path) -> dict[str, list[str]]:
 
 
 def test_no_secret_is_left_behind_and_no_port_is_open_to_strangers(tmp_path: Path, ray_folder: Path) -> None:
-    marked = [*questions(40), "[fault:nan] and [fault:refuse]"]
+    marked = [*questions(80), "[fault:nan] and [fault:refuse]"]
     corpus = write_corpus(tmp_path / "c.jsonl", prompt_records(marked))
     env = {**SECRETS, "RAY_TMPDIR": str(ray_folder), "DISTILL_PIPE_FAKE_FAULTS": "1"}
     addresses: set[str] = set()
@@ -62,7 +62,7 @@ def test_no_secret_is_left_behind_and_no_port_is_open_to_strangers(tmp_path: Pat
                 job.process.wait(60)
             else:
                 job.end()
-    assert quarantined(tmp_path / "out") == [40]
+    assert quarantined(tmp_path / "out") == [80]
     assert any(ray_folder.rglob("*.log")), "Ray's own logs were looked at"
     assert leaked(tmp_path, ray_folder) == {}
     assert addresses, "a Ray of ours listens on the loopback interface, and there alone"

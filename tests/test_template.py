@@ -88,11 +88,11 @@ def test_a_hostile_template_gets_nowhere_and_the_next_conversation_is_told_the_s
 
 def test_a_template_that_never_ends_is_ended_and_others_go_on() -> None:
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    template = ChatTemplate("{% if messages | length > 2 %}" + loops + "{% endif %}done", TOKENS, seconds=1)
+    template = ChatTemplate("{% if messages | length > 2 %}" + loops + "{% endif %}done", TOKENS, seconds=5)
     started = time.monotonic()
-    with pytest.raises(TemplateError, match="takes more than 1 s"):
+    with pytest.raises(TemplateError, match="takes more than 5 s"):
         template.render(TALK, None, generate=True)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert template.render(TALK[:2], None, generate=True).text == "done"
 
 

@@ -99,9 +99,10 @@ def test_a_terminal_gets_a_bar() -> None:
 
 
 def test_torchrun_starts_ranks_that_print_once(root, target, tmp_path) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
-            sys.executable, "-m", "distill_pipe.cli", "train", root, "--target", target, "--out", tmp_path, "--json",
-            *LITTLE]
+    # By its own name a machine does not always find itself.
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+            "--nproc-per-node", "2", "--no-python", sys.executable, "-m", "distill_pipe.cli", "train", root, "--target",
+            target, "--out", tmp_path, "--json", *LITTLE]
     done = subprocess.run([str(part) for part in line], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

@@ -90,13 +90,15 @@ class Limits:
 
 @dataclass(slots=True)
 class _Trial:
-    """A suspected shard, run alone, group after group. Group `at` is running, or all have passed."""
+    """A suspected shard, run alone, group after group. Group `at` is running, or all have passed. `torn` counts the
+    engines that died while they wrote it."""
 
     shard: int
     groups: list[tuple[int, ...]]
     at: int = 0
     given_up: dict[int, str] = field(default_factory=dict)
     lone_deaths: Counter[int] = field(default_factory=Counter)
+    torn: int = 0
 
     def work(self) -> Work:
         return Work(self.shard, self.groups[self.at], tuple(sorted(self.given_up.items())),
@@ -109,6 +111,7 @@ class _Trial:
         passed, running, waiting = self.groups[:self.at], self.groups[self.at:self.at + 1], self.groups[self.at + 1:]
         self.at = 0
         if not running:
+            self.torn += 1
             return None  # it died while it wrote the shard, which is no prompt's fault
         [group], guilty = running, None
         innocent = tuple(sorted(ordinal for part in passed for ordinal in part))
@@ -277,7 +280,11 @@ class Schedule:
 
     def _breaker(self, engine: _Engine, failure: Failure) -> Stop | None:
         """Engines that keep dying and finish nothing are no matter of prompts: of a shard with a few poisonous ones,
-        some part soon passes."""
+        some part soon passes. Nor is a shard that kills whoever writes it, though all of its prompts pass each time."""
+        trial = engine.trial
+        if trial is not None and trial.torn >= BARREN_DEATHS:
+            return Stop(Failure(failure.kind, f"{trial.torn} engines died while they wrote shard {trial.shard}; the "
+                                              f"last cause: {failure.reason}"))
         if engine.ready:
             self._barren_deaths += 1
             deaths, limit, when = self._barren_deaths, BARREN_DEATHS, "without finishing a prompt"

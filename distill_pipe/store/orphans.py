@@ -59,7 +59,10 @@ def collect_garbage(root: Root, *, delete: bool = False, grace_seconds: float = 
         e for e in sidecars if _owner(e.name) is not None and e.name not in referenced]
     now = _store_clock(root) if delete else time.time()
     old = [entry for entry in orphans if now - entry.modified >= grace_seconds]
-    if delete:
+    if delete and old:
+        # A run may have written one of them again meanwhile: the same content has the same name.
+        unchanged = {entry for folder in (SCRATCH, HIDDEN, QUARANTINE, "plan") for entry in root.entries(folder)}
+        old = [entry for entry in old if entry in unchanged]
         for entry in old:
             root.remove(entry.name)
     notes = (_CUT_OFF,) if "://" in str(root) else ()

@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -78,8 +78,7 @@ class RunningJob:
         if self.alive:
             self.process.kill()
             self.process.wait()
-        for process in marked_processes(self.mark):
-            process.kill()
+        kill_marked(self.mark)
 
 
 @contextmanager
@@ -147,6 +146,13 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     return found
 
 
+def kill_marked(mark: str) -> None:
+    """Kill all of them; some end by themselves meanwhile."""
+    for process in marked_processes(mark):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def titled(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
@@ -197,8 +203,7 @@ class Nodes:
 
     def close(self) -> None:
         # Whatever it started has its mark, also what lost its parent.
-        for process in marked_processes(self.mark):
-            process.kill()
+        kill_marked(self.mark)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
