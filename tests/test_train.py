@@ -212,12 +212,28 @@ def test_a_draft_vocabulary_holds_what_the_target_expects_most(root: Path, targe
     assert load_draft(tmp_path, target).vocabulary.size == 12
 
 
-def test_epochs_are_counted_when_no_steps_are_given(root: Path, target: Path) -> None:
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_epochs_are_counted_when_no_steps_are_given(root: Path, target: Path, epochs: int) -> None:
     seen: list[Step] = []
-    result = train(root, target, TrainSettings(positions=1, epochs=2, batch_tokens=256), on_step=seen.append)
+    result = train(root, target, TrainSettings(positions=1, epochs=epochs, batch_tokens=256), on_step=seen.append)
     reader = ShardReader(root, batch_tokens=256, split="train")
-    assert result.steps == reader.num_steps() + reader.at_epoch(1).num_steps()
+    assert result.steps == sum(reader.at_epoch(epoch).num_steps() for epoch in range(epochs))
     assert seen[-1].progress == 1
+
+
+@pytest.mark.parametrize("left", [1, 0])
+def test_a_training_goes_on_in_its_last_epoch(root: Path, target: Path, tmp_path: Path, left: int) -> None:
+    short = TrainSettings(positions=1, epochs=2, batch_tokens=256)
+    steps = train(root, target, short, out=tmp_path / "whole").steps
+
+    def stop(step: Step) -> None:
+        if step.step == steps - left:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(root, target, short, out=tmp_path / "parts", checkpoint_every=1, on_step=stop)
+    assert train(root, target, short, out=tmp_path / "parts").steps == steps
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
 def test_what_cannot_be_trained_is_refused_with_a_reason(root: Path, target: Path, tmp_path: Path) -> None:

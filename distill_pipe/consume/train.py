@@ -177,23 +177,21 @@ class _Training:
         """Train to the end, from wherever it stands."""
         while not self._done():
             self._epoch(after_step)
-            if not self._done():
-                self.place = msgspec.structs.replace(self.place, epoch=self.place.epoch + 1, batches=0)
-                self._reader.set_epoch(self.place.epoch)
 
     def _done(self) -> bool:
         if self._settings.steps is not None:
             return self.place.step >= self._settings.steps
-        return self.place.epoch + 1 >= self._settings.epochs and self.place.batches >= self._batches
+        return self.place.epoch >= self._settings.epochs
 
     def _epoch(self, after_step: Callable[[Step], None]) -> None:
-        self._batches = self._reader.at_epoch(self.place.epoch).num_steps()
+        """What is left of the epoch; then it stands at the start of the next one."""
+        batches = self._reader.at_epoch(self.place.epoch).num_steps()
         for batch in self._reader:
             started, place = time.monotonic(), self.place
             if self._settings.steps is not None:
                 progress = (place.step + 1) / self._settings.steps
             else:
-                progress = (place.epoch + (place.batches + 1) / self._batches) / self._settings.epochs
+                progress = (place.epoch + (place.batches + 1) / batches) / self._settings.epochs
             lr = self._settings.lr * learning_rate_share(place.step + 1, progress, self._settings.warmup_steps)
             found = self._step(batch.to(self._draft.device), lr)
             self.losses.append(found.loss.item())
@@ -203,6 +201,8 @@ class _Training:
                             alphas=found.alphas))
             if self._done():
                 return
+        self.place = msgspec.structs.replace(self.place, epoch=self.place.epoch + 1, batches=0)
+        self._reader.set_epoch(self.place.epoch)
 
     def _step(self, batch: Batch, lr: float) -> BatchLoss:
         for group in self.optimizer.param_groups:
@@ -261,7 +261,7 @@ def _loss_of_batch(root: str | os.PathLike[str], draft: Draft, settings: TrainSe
     rows_of: RowsOf = stored_rows
     if settings.objective.tail == "exact":
         last = require_run(open_root(root)).spec.target.num_layers
-        rows_of = exact_rows(final_norm(root), read_tables(folder)[1].float(), last)
+        rows_of = exact_rows(final_norm(root).to(draft.device), read_tables(folder)[1].to(draft.device).float(), last)
     return lambda batch: batch_loss(draft, batch, settings.objective, rows_of, group)
 
 
