@@ -53,6 +53,11 @@ def test_a_draft_that_copies_the_target_is_accepted_at_every_position_and_no_oth
         assert all(a.alpha < 0.5 for a in heldout_acceptance(TableDraft(target, late), reader, "sampled"))
 
 
+def test_a_draft_takes_its_vocabulary_along_to_another_device(target: Path) -> None:
+    vocabulary = make("eagle3", target, vocabulary=VOCABULARY).to("meta").vocabulary
+    assert (vocabulary.d2t_D.device.type, vocabulary.t2d_V.device.type) == ("meta", "meta")
+
+
 @pytest.mark.parametrize("position", [0, 1, 4])
 def test_rows_without_a_draft_output_are_left_out_and_all_others_kept(root: Path, position: int) -> None:
     batch = one_batch(root)

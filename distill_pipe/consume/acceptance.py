@@ -39,7 +39,8 @@ class RowAcceptance:
 
     `alpha_KT` follows the tail rule and lies between `lower_KT` and `upper_KT` up to the noise of the tail samples.
     `passed_KT` is min(1, q(x) / p(x)) of the token x that was written, the chance that it is accepted when it is
-    drafted, weighted by how often it is. `match_KT` is 1 where draft and target have the same likeliest token.
+    drafted, weighted by how often it is; at T = 1, whatever the temperature of the rest. `match_KT` is 1 where draft
+    and target have the same likeliest token.
     """
 
     drafted_KT: Tensor
@@ -95,7 +96,7 @@ def _on(draft: Draft, reader: ShardReader) -> Iterator[Batch]:
 
 
 def _passed(draft: Draft, logits_RD: Tensor, next_ids_R: Tensor, next_logprob_R: Tensor) -> Tensor:
-    ids_R = next_ids_R if draft.vocabulary is None else draft.vocabulary.t2d_V.to(next_ids_R.device)[next_ids_R]
+    ids_R = next_ids_R if draft.vocabulary is None else draft.vocabulary.t2d_V[next_ids_R]
     logits_RD = logits_RD.float()
     logq_R = logits_RD.gather(1, ids_R.clamp(min=0)[:, None])[:, 0] - logits_RD.logsumexp(1)
     return torch.where(ids_R >= 0, (logq_R - next_logprob_R).exp().clamp(max=1.0), 0.0)
@@ -104,6 +105,6 @@ def _passed(draft: Draft, logits_RD: Tensor, next_ids_R: Tensor, next_logprob_R:
 def _matches(draft: Draft, logits_RD: Tensor, target: SparseTarget) -> Tensor:
     best_R = logits_RD.argmax(1)
     if draft.vocabulary is not None:
-        best_R = draft.vocabulary.d2t_D.to(best_R.device)[best_R]
+        best_R = draft.vocabulary.d2t_D[best_R]
     # The head is stored in descending order.
     return (best_R == target.topk_ids_RK[:, 0]).float()

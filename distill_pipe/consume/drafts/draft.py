@@ -57,6 +57,8 @@ class Draft(nn.Module):
     # Weights that are the target's own and that engines take from the target.
     unsaved: ClassVar[tuple[str, ...]] = ()
     target_norm_H: Tensor
+    _d2t_D: Tensor | None
+    _t2d_V: Tensor | None
 
     def __init__(self, config: DraftConfig, layers: Sequence[int], positions: int = POSITIONS,
                  vocabulary: DraftVocabulary | None = None) -> None:
@@ -64,8 +66,10 @@ class Draft(nn.Module):
         if positions < 1:
             raise UsageError(f"a draft needs at least one position, and is asked for {positions}")
         self.config, self.layers, self.positions = config, tuple(layers), positions
-        self.vocabulary = vocabulary
         self.draft_vocab_size = config.vocab_size if vocabulary is None else vocabulary.size
+        # Buffers, so that they follow the weights to another device.
+        self.register_buffer("_d2t_D", None if vocabulary is None else vocabulary.d2t_D, persistent=False)
+        self.register_buffer("_t2d_V", None if vocabulary is None else vocabulary.t2d_V, persistent=False)
         # The target's final norm, for drafts that read its last state as its head does. Engines hand that over normed.
         self.register_buffer("target_norm_H", torch.ones(config.hidden_size), persistent=False)
 
@@ -98,6 +102,11 @@ class Draft(nn.Module):
         """Teacher-forced draft states `[T, H]` of each step. Those of anchors without a later row mean nothing."""
         chain = self.begin(batch.hidden, batch.position_ids_T, batch.cu_seqlens_B1)
         return [chain.step(batch.token_ids_T.roll(-1 - k)) for k in range(positions or self.positions)]
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """The tokens it can draft, where these are not all of the target's; on the device of the weights."""
+        return None if self._d2t_D is None or self._t2d_V is None else DraftVocabulary(self._d2t_D, self._t2d_V)
 
     @property
     def device(self) -> torch.device:
