@@ -59,9 +59,12 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
     from distill_pipe.consume.train import train as run_training
 
     objective = {"loss": loss.value, "tail": tail.value, "eta": eta, "kl_share": kl_share}
-    settings = msgspec.convert({
-        "arch": arch.value, "objective": objective, "positions": positions, "draft_vocab": draft_vocab, "steps": steps,
-        "epochs": epochs, "lr": lr, "batch_tokens": batch_tokens, "seed": seed}, TrainSettings)
+    try:
+        settings = msgspec.convert({
+            "arch": arch.value, "objective": objective, "positions": positions, "draft_vocab": draft_vocab,
+            "steps": steps, "epochs": epochs, "lr": lr, "batch_tokens": batch_tokens, "seed": seed}, TrainSettings)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"these settings cannot be used: {error}") from error
     folder = _target_folder(root, target)
     with ExitStack() as stack:
         group = stack.enter_context(_ranks())
@@ -99,9 +102,9 @@ def bench_draft(  # noqa: PLR0913 - options
                                                           "repeated [all three].")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each domain.")] = 20,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write per prompt.")] = 64,
-    temperature: Annotated[list[float] | None, typer.Option(help="May be repeated [0 and 1].")] = None,
-    k: Annotated[list[int] | None, typer.Option("--k", help="Tokens to draft per step; may be repeated [positions].")
-                 ] = None,
+    temperature: Annotated[list[float] | None, typer.Option(min=0, help="May be repeated [0 and 1].")] = None,
+    k: Annotated[list[int] | None, typer.Option("--k", min=1, help="Tokens to draft per step; may be repeated "
+                                                                   "[positions].")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     vllm: Annotated[bool, typer.Option("--vllm", help="Let vLLM decode the same prompts too, at T = 0.")] = False,
     as_json: Json = False,

@@ -69,11 +69,19 @@ def test_a_table_of_an_evaluation_has_every_domain_and_length(cli, root, target,
     (["--kl-share", "2"], "kl-share"),
     (["--checkpoint-every", "5"], "--out"),
     (["--draft-vocab", "0"], "draft-vocab"),
+    (["--lr", "0"], "lr"),
 ])
 def test_a_bad_option_is_named(cli, root, target, options, says) -> None:
     code, out, err = cli("train", root, "--target", target, *LITTLE, *options)
     assert (code, out) == (2, "")
     assert says in err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--k", "0")])
+def test_a_bench_of_nothing_is_refused(cli, tmp_path, option, value) -> None:
+    code, out, err = cli("bench-draft", "--draft", tmp_path, option, value)
+    assert (code, out) == (2, "")
+    assert option in err
 
 
 def test_logs_without_tensorboard_are_refused_in_one_line(cli, root, target, tmp_path, monkeypatch) -> None:
