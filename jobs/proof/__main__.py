@@ -28,8 +28,7 @@ def main() -> None:
     # So that trainings are stopped with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [t for t in trainings() if fnmatch.fnmatch(t.name, given.only)]
-    scale = msgspec.convert({name: float(value) if "." in value else int(value) for name, value in
-                             (setting.split("=", 1) for setting in given.set)}, Scale)
+    scale = msgspec.convert(dict(setting.split("=", 1) for setting in given.set), Scale, strict=False)
     if given.list:
         for training in chosen:
             print(("done  " if _is_done(training, given.results) else "      ") + training.name)

@@ -24,7 +24,7 @@ RENORMALISED: Final = "k64-renormalised"
 MAIN: Final = "k32-8"
 
 
-class Scale(msgspec.Struct, frozen=True, kw_only=True):
+class Scale(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How large everything is. The defaults take a core 5 to 10 minutes per training."""
 
     rows: int = 300_000

@@ -123,7 +123,8 @@ def _setting(found: Sequence[Result]) -> list[str]:
             f"most {scale.max_tokens} per prompt; {scale.steps} steps of {scale.batch_tokens} tokens, peak learning "
             f"rate {scale.lr:g}, {scale.positions} positions, draft vocabulary {scale.draft_vocab}. {len(found)} "
             f"trainings, seeds {', '.join(map(str, seeds))}. Means over seeds ± standard error; tau is tokens per "
-            f"target step with {DRAFTED} drafted tokens, from held-out rows unless it says counted.")
+            f"target step with {DRAFTED} drafted tokens, from held-out rows unless it says counted. There, at T = 1, "
+            f"{found[0].evaluation.assumptions[1.0]}.")
     return [text]
 
 
@@ -180,7 +181,7 @@ def _ablation(found: Sequence[Result]) -> list[str]:
 
 
 def _agreement(found: Sequence[Result]) -> list[str]:
-    """How far the counted tau is from the predicted one, in standard errors of both together."""
+    """The tau that each draft was predicted, and the one that was counted, with its interval over prompts."""
     lines = _head("draft", "loss", "seed", "T", "predicted", "counted", "95 % interval")
     for result in found:
         for predicted in result.predicted:
