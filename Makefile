@@ -30,7 +30,7 @@ test: $(STAMP) ## Run the tests, real engine included
 layouts: $(STAMP) ## Engines of several devices: tensor parallel, three pipeline stages, Ray as the executor (6 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m layouts
 
-test-targets: $(STAMP) ## A tiny twin of every preset: generate, verify, a step of training (10 minutes)
+test-targets: $(STAMP) ## A tiny twin of every preset: generate, verify, a step of training (12 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m targets
 
 loaders: $(STAMP) ## Exports read by other trainers' own loaders, out of their wheels (1 minute, 9 MB downloaded)
