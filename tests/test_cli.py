@@ -70,7 +70,7 @@ def test_a_bad_corpus_is_named_by_line_and_leaves_the_disk_untouched(cli, tmp_pa
     (["--set", "max_model_len=9000"], "more than the 8192 tokens"),
     (["--set", "dtype=float99"], "dtype 'float99' is not one of bfloat16, float16, float32"),
     (["--job", "nowhere.yaml"], "job file nowhere.yaml cannot be read"),
-    (["--out", "s3://bucket/data"], "only local folders"),
+    (["--out", "ftp://host/data"], "a dataset's place is a folder, or starts with s3"),
 ])
 def test_a_bad_option_gets_one_line_with_the_fix(cli, tmp_path, options, says) -> None:
     given = {"--target": "smollm2-135m", "--corpus": str(corpus(tmp_path)), "--out": str(tmp_path / "out")}
