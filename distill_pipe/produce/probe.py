@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import pyarrow.parquet as pq
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -25,6 +24,7 @@ from distill_pipe.produce.normalise import record_of
 from distill_pipe.produce.rates import CODECS, UNITS, Rates
 from distill_pipe.produce.sample import fresh_positions, shared_prefix
 from distill_pipe.produce.worker import Progress
+from distill_pipe.store.column_sizes import column_sizes
 from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.hidden_codec import decode_layers, encode_hidden
 from distill_pipe.store.manifest import Fragment, Run
@@ -112,7 +112,7 @@ def _measure(root: LocalRoot, run: Run, codec: HiddenCodec) -> tuple[Probe, Rate
         tokens += map(len, ids)
         rows += [trace.num_rows for trace in traces]
         shared += [shared_prefix(a, b) for a, b in zip(ids, [[], *ids], strict=False)]
-        found = _column_bytes(path)
+        found = column_sizes(path)
         columns.update(found)
         footers += path.stat().st_size - sum(found.values())
         for other, (states, beside) in _recoded(root, run, fragment, traces).items():
@@ -147,18 +147,7 @@ def _recoded(root: LocalRoot, run: Run, fragment: Fragment,
             encoded.append(EncodedTrace(trace, {n: encode_hidden(h_TH, codec) for n, h_TH in states.items()}))
         with root.scratch() as folder:
             write_sidecar(folder / codec, encoded, replace(info, codec=codec))
-            found = _column_bytes(folder / codec)
+            found = column_sizes(folder / codec)
             layers = {n: found[layer_column(n)] + found.get(scale_column(n), 0) for n in info.layers}
             sizes[codec] = (layers, (folder / codec).stat().st_size - sum(layers.values()))
     return sizes
-
-
-def _column_bytes(path: Path) -> dict[str, int]:
-    """Compressed bytes by top-level column."""
-    found: dict[str, int] = Counter()
-    metadata = pq.ParquetFile(path).metadata
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            found[chunk.path_in_schema.partition(".")[0]] += chunk.total_compressed_size
-    return found
