@@ -165,10 +165,12 @@ def test_an_engine_that_loses_a_process_gives_its_devices_to_the_next(tmp_path, 
 
 
 def kill_one(nodes: Nodes, title: str, out: Path, killed: list[int]) -> None:
-    """SIGKILL a process of the engine when the first of many shards is committed."""
+    """SIGKILL a process of the engine when the first of many shards is committed, and when its caller waits for it."""
     while not out.exists() or not committed_shards(LocalRoot(out)):
         time.sleep(0.02)
     victim = nodes.processes(title)[0]
+    victim.suspend()
+    time.sleep(2)
     victim.kill()
     killed.append(victim.pid)
 

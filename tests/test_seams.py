@@ -99,7 +99,11 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm/entrypoints/llm.py": ("LLM.llm_engine",),
     "vllm/v1/engine/llm_engine.py": (
         "LLMEngine.add_request(request_id, prompt, params)", "LLMEngine.step()", "LLMEngine.has_unfinished_requests()",
-        "LLMEngine.collective_rpc(method, args=)"),
+        "LLMEngine.collective_rpc(method, args=)", "LLMEngine.engine_core"),
+    "vllm/v1/engine/core_client.py": (
+        "BackgroundResources.engine_dead", "MPClient.resources", "MPClient.utility_results",
+        "SyncMPClient.outputs_queue", "SyncMPClient.call_utility: self.utility_results[call_id]",
+        "SyncMPClient.get_output: self.outputs_queue.get()"),
     "vllm/v1/engine/exceptions.py": ("EngineDeadError",),
     "vllm/outputs.py": ("RequestOutput.request_id", "RequestOutput.finished", "RequestOutput.outputs",
                         "CompletionOutput.token_ids", "CompletionOutput.finish_reason"),

@@ -18,6 +18,7 @@ import numpy as np
 from distill_pipe.errors import CaptureError, EngineError, EngineStartError
 from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import EXTRA_ARG, CaptureTimes
+from distill_pipe.produce.core_watch import watch_core
 from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Response
 from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.produce.step import NO_TOKEN, Wanted
@@ -72,6 +73,7 @@ class VllmEngine:
             self._engine = LLM(**engine_arguments(model, revision, run.spec, options, on_cpu)).llm_engine
         except Exception as error:  # vLLM itself reports a worker that failed as a plain Exception
             raise EngineStartError(f"vLLM cannot run {model}: {_reason(error)}") from error
+        watch_core(self._engine)
         self.open(run, root)
 
     def open(self, run: Run, root: Root) -> None:
