@@ -22,7 +22,7 @@ from distill_pipe.options import (
     Layers,
     Limit,
     Out,
-    ReplayDtypes,
+    Precisions,
     Root,
     Settings,
     TailSamples,
@@ -60,7 +60,7 @@ def plan(  # noqa: PLR0913 - the options above
 def audit(
     root: Root,
     traces: Annotated[int, typer.Option(help="Traces to replay, spread evenly over the dataset.")] = 16,
-    dtype: Annotated[ReplayDtypes, typer.Option(help="Replay in this dtype.")] = ReplayDtypes.float32,
+    dtype: Annotated[Precisions, typer.Option(help="Replay in this dtype.")] = Precisions.float32,
     target: TargetFolder = None,
     max_logprob_error: Annotated[float | None, typer.Option(min=0, help=(
         "Largest mean error of a stored number beyond rounding, in nats [0.001; 0.25 with bfloat16]."))] = None,

@@ -58,7 +58,7 @@ class Arch(StrEnum):
     mtp = "mtp"
 
 
-class ReplayDtypes(StrEnum):
+class Precisions(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
 

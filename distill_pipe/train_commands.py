@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from distill_pipe.draft_tables import print_bench, print_evaluation, print_training
 from distill_pipe.errors import UsageError
-from distill_pipe.options import Arch, Json, Losses, Root, TailRules, TargetFolder
+from distill_pipe.options import Arch, Json, Losses, Precisions, Root, TailRules, TargetFolder
 from distill_pipe.report_tables import say
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.root import open_root
@@ -47,6 +47,7 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training split.")] = 10,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 4e-4,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch, of each process.")] = 512,
+    precision: Annotated[Precisions, typer.Option(help="The type of the draft's products.")] = Precisions.float32,
     seed: Annotated[int, typer.Option(help="Order of batches and initial weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to save the draft; a training saved there is continued.")
                    ] = None,
@@ -62,7 +63,8 @@ def train(  # noqa: PLR0913 - one option per setting of a small reference traine
     try:
         settings = msgspec.convert({
             "arch": arch.value, "objective": objective, "positions": positions, "draft_vocab": draft_vocab,
-            "steps": steps, "epochs": epochs, "lr": lr, "batch_tokens": batch_tokens, "seed": seed}, TrainSettings)
+            "steps": steps, "epochs": epochs, "lr": lr, "batch_tokens": batch_tokens, "precision": precision.value,
+            "seed": seed}, TrainSettings)
     except msgspec.ValidationError as error:
         raise UsageError(f"these settings cannot be used: {error}") from error
     folder = _target_folder(root, target)

@@ -87,6 +87,19 @@ def test_every_tail_rule_learns(root: Path, target: Path, tail: str) -> None:
     assert result.after[0].alpha > result.before[0].alpha + 0.05
 
 
+@pytest.mark.parametrize("arch", DRAFTS)
+def test_products_in_bfloat16_train_the_same_weights_nearly_as_well(root, target, tmp_path, arch: str) -> None:
+    alphas, stored = [], []
+    for precision in ("float32", "bfloat16"):
+        result = train(root, target, settings(arch=arch, precision=precision), out=tmp_path / precision)
+        alphas.append(sum(a.alpha for a in result.after) / 3)
+        stored.append(load_file(tmp_path / precision / "model.safetensors"))
+    whole, coarse = stored
+    assert {name: w.dtype for name, w in coarse.items()} == {name: w.dtype for name, w in whole.items()}
+    assert any(not torch.equal(coarse[name], w) for name, w in whole.items())
+    assert abs(alphas[1] - alphas[0]) < 0.02
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_draft_that_copies_the_target_has_nothing_to_lose(root: Path, target: Path, loss: str) -> None:
     found = batch_loss(TableDraft(target), one_batch(root), Objective(loss=loss))

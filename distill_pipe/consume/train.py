@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -44,6 +44,7 @@ _WARMUP_SHARE = 0.1
 
 
 LossOfBatch = Callable[[Batch], BatchLoss]
+Precision = Literal["float32", "bfloat16"]
 
 
 class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,6 +52,7 @@ class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     `steps` ends the training there, over as many epochs as that takes; without it there are `epochs` of them.
     `draft_vocab`: how many tokens the draft can draft, the likeliest of the training split; all by default.
+    `precision`: the type that the draft's products are made in. Weights, optimiser and losses are float32.
     """
 
     arch: Arch = "eagle3"
@@ -64,6 +66,7 @@ class TrainSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     clip: Annotated[float, Meta(gt=0)] = 0.5
     batch_tokens: Annotated[int, Meta(ge=1)] = 512
     holdout_every: Annotated[int, Meta(ge=2)] = 10
+    precision: Precision = "float32"
     seed: int = 0
 
 
@@ -262,7 +265,12 @@ def _loss_of_batch(root: str | os.PathLike[str], draft: Draft, settings: TrainSe
     if settings.objective.tail == "exact":
         last = require_run(open_root(root)).spec.target.num_layers
         rows_of = exact_rows(final_norm(root).to(draft.device), read_tables(folder)[1].to(draft.device).float(), last)
-    return lambda batch: batch_loss(draft, batch, settings.objective, rows_of, group)
+
+    def loss_of_batch(batch: Batch) -> BatchLoss:
+        with torch.autocast(draft.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            return batch_loss(draft, batch, settings.objective, rows_of, group)
+
+    return loss_of_batch
 
 
 def _new_draft(root: str | os.PathLike[str], run: Run, folder: Path, settings: TrainSettings) -> Draft:

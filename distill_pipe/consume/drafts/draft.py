@@ -100,8 +100,21 @@ class Draft(nn.Module):
 
     def forward(self, batch: Batch, positions: int | None = None) -> list[Tensor]:
         """Teacher-forced draft states `[T, H]` of each step. Those of anchors without a later row mean nothing."""
+        steps = positions or self.positions
         chain = self.begin(batch.hidden, batch.position_ids_T, batch.cu_seqlens_B1)
-        return [chain.step(batch.token_ids_T.roll(-1 - k)) for k in range(positions or self.positions)]
+        states = [chain.step(batch.token_ids_T.roll(-1))]
+        if steps == 1:
+            return states
+        # Only the first step of every token is seen by others; what follows a prompt's tokens would be thrown away.
+        wanted_T = torch.zeros_like(batch.token_ids_T, dtype=torch.bool)
+        for k in range(1, steps):
+            wanted_T[drafted_rows(batch, k)[0]] = True
+        anchors_A = wanted_T.nonzero()[:, 0]
+        chain.narrow(anchors_A)
+        for k in range(1, steps):
+            states_AH = chain.step(batch.token_ids_T.roll(-1 - k)[anchors_A])
+            states.append(states_AH.new_zeros(states[0].shape).index_copy(0, anchors_A, states_AH))
+        return states
 
     @property
     def vocabulary(self) -> DraftVocabulary | None:

@@ -81,7 +81,8 @@ class _Eagle3Chain:
         self._draft, self._position_ids_A = draft, position_ids_T
         self._memory, dtype = Memory(position_ids_T, cu_seqlens_B1), draft.fc.weight.dtype
         normed = [norm(hidden[n].to(dtype)) for n, norm in zip(draft.layers, draft.fc_norm, strict=True)]
-        self._state_AH: Tensor = draft.fc(torch.cat(normed, 1))
+        # Autocast would leave the residual stream in the type of the products.
+        self._state_AH: Tensor = draft.fc(torch.cat(normed, 1)).to(dtype)
 
     def step(self, next_ids_A: Tensor) -> Tensor:
         embeds_AH = self._draft.embed_tokens(next_ids_A)

@@ -105,7 +105,8 @@ class MtpLayer(nn.Module):
 
     def forward(self, embeds_AH: Tensor, state_AH: Tensor, position_ids_A: Tensor, memory: Memory) -> Tensor:
         joined_AH2 = torch.cat([self.hidden_layernorm(state_AH), self.token_layernorm(embeds_AH)], 1)
-        state_AH = self.input_proj(joined_AH2)
+        # Autocast would leave the residual stream in the type of the products.
+        state_AH = self.input_proj(joined_AH2).to(state_AH.dtype)
         state_AH = state_AH + self.self_attn(self.input_layernorm(state_AH), position_ids_A, memory)
         state_AH = state_AH + self.mlp(self.post_attention_layernorm(state_AH))
         out_AH: Tensor = self.final_layernorm(state_AH)
