@@ -161,6 +161,18 @@ def test_an_empty_folder_makes_an_empty_page(tmp_path: Path) -> None:
     assert "No result yet" in write_report(tmp_path).read_text()
 
 
+def test_results_of_different_scales_are_not_put_in_one_table(results: Path, tmp_path: Path) -> None:
+    for path in results.glob("grid-medusa-*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_report(tmp_path)
+    other = tmp_path / "grid-medusa-kl-seed1.json"
+    found = msgspec.json.decode(other.read_bytes(), type=Result)
+    longer = msgspec.structs.replace(found, scale=msgspec.structs.replace(found.scale, steps=1200))
+    other.write_bytes(msgspec.json.encode(longer))
+    with pytest.raises(SystemExit, match=r"kl-seed0 and grid-medusa-kl-seed1 .*different scales"):
+        write_report(tmp_path)
+
+
 def test_no_prompt_is_both_trained_on_and_decoded() -> None:
     pytest.importorskip("reasoning_gym")
     trained, decoded = training_prompts(600), bench_prompts(20)

@@ -118,6 +118,9 @@ def _setting(found: Sequence[Result]) -> list[str]:
     if not found:
         return ["No result yet."]
     scale = found[0].scale
+    if other := next((r for r in found if r.scale != scale), None):
+        raise SystemExit(f"{found[0].training.name} and {other.training.name} are results of different scales, which "
+                         "one table must not mix: give each scale a --results folder of its own")
     seeds = sorted({r.training.seed for r in found})
     text = (f"Target SmolLM2-135M-Instruct. {scale.rows:,} supervised tokens written at T = {scale.temperature:g}, at "
             f"most {scale.max_tokens} per prompt; {scale.steps} steps of {scale.batch_tokens} tokens, peak learning "
