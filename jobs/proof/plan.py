@@ -11,7 +11,7 @@ import msgspec
 
 from distill_pipe.consume.drafts.checkpoint import DRAFTS, Arch
 from distill_pipe.consume.objective import LossName, Objective
-from distill_pipe.consume.train import TrainSettings
+from distill_pipe.consume.train import Precision, TrainSettings
 
 SEEDS: Final = (0, 1, 2)
 LOSSES: Final[tuple[LossName, ...]] = ("kl", "tv", "lk-alpha", "lk-hybrid")
@@ -25,7 +25,7 @@ MAIN: Final = "k32-8"
 
 
 class Scale(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How large everything is. The defaults take a core 5 to 10 minutes per training."""
+    """How large everything is, and the type of the drafts' products."""
 
     rows: int = 300_000
     max_tokens: int = 128
@@ -38,6 +38,7 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     holdout_every: int = 20
     bench_prompts: int = 12
     bench_tokens: int = 48
+    precision: Precision = "bfloat16"
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +62,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
         """What is handed to the trainer."""
         return TrainSettings(arch=self.arch, objective=self.objective, positions=scale.positions,
                              draft_vocab=scale.draft_vocab, steps=scale.steps, lr=scale.lr,
-                             batch_tokens=scale.batch_tokens, holdout_every=scale.holdout_every, seed=self.seed)
+                             batch_tokens=scale.batch_tokens, holdout_every=scale.holdout_every, seed=self.seed,
+                             precision=scale.precision)
 
 
 def trainings() -> list[Training]:
