@@ -100,9 +100,9 @@ def _row(z_D: Tensor, target: SparseTarget, r: int, tail: str, vocabulary: Draft
         log_outside = z_D.masked_fill(in_head_D, -math.inf).logsumexp(0) - z_D.logsumexp(0)
         entries.append((mass[None], torch.ones(1).double(), log_outside[None]))
     p, weight, logq = (torch.cat(column) for column in zip(*entries, strict=True))
-    inside = inside if vocabulary is not None else torch.tensor(1.0).double()
-    kl = (weight * p / inside * (p.log() - logq)).sum() - inside.log()
-    reverse_kl = (weight * (logq.exp() * (logq - p.log()) - logq.exp() + p)).sum() + 1 - inside + inside.log()
+    inside_p = p / inside if vocabulary is not None else p
+    kl = (weight * inside_p * (inside_p.log() - logq)).sum()
+    reverse_kl = (weight * (logq.exp() * (logq - inside_p.log()) - logq.exp() + inside_p)).sum()
     return kl, reverse_kl, (weight * torch.minimum(p, logq.exp())).sum()
 
 

@@ -37,8 +37,9 @@ class Rows:
 class Entries:
     """`log p`, the log of the weight, and `log q` of each entry; finite, and of no use where not held.
 
-    `log_inside_R` is the log of the share of p that lies inside the draft's vocabulary: both KL take p renormalised by
-    it, alpha does not. 0 where nothing lies outside, or nothing inside.
+    `log_inside_R` is the log of the share of p that lies inside the draft's vocabulary. Both KL take p divided by it,
+    entry by entry, so that terms stay what the module says of them whichever entries are there; alpha does not. 0
+    where nothing lies outside, or nothing inside.
     """
 
     held_RX: Tensor
@@ -49,15 +50,15 @@ class Entries:
 
     def kl(self) -> Tensor:
         """KL(p || q) of each row."""
-        inside_RX = (self.logw_RX + self.logp_RX - self.log_inside_R[:, None]).exp()
-        return self._sum(inside_RX * (self.logp_RX - self.logq_RX)) - self.log_inside_R
+        logp_RX = self._logp_inside()
+        return self._sum((self.logw_RX + logp_RX).exp() * (logp_RX - self.logq_RX))
 
     def reverse_kl(self) -> Tensor:
         """KL(q || p) of each row."""
-        ratio_RX = torch.where(self.held_RX, self.logq_RX - self.logp_RX, 0.0)
-        mass_RX = self.logw_RX + self.logp_RX
-        kl_R = self._sum((mass_RX + ratio_RX).exp() * (ratio_RX - 1) + mass_RX.exp())
-        return kl_R + 1 - self.log_inside_R.exp() + self.log_inside_R
+        logp_RX = self._logp_inside()
+        ratio_RX = torch.where(self.held_RX, self.logq_RX - logp_RX, 0.0)
+        mass_RX = self.logw_RX + logp_RX
+        return self._sum((mass_RX + ratio_RX).exp() * (ratio_RX - 1) + mass_RX.exp())
 
     def log_alpha(self) -> Tensor:
         """The log of alpha of each row; about LOG_NOTHING where no entry is held."""
@@ -68,6 +69,9 @@ class Entries:
     def rows(self, lower_R: Tensor, upper_R: Tensor) -> Rows:
         """All of it, beside bounds that were found elsewhere."""
         return Rows(self.kl(), self.reverse_kl(), self.log_alpha(), lower_R, upper_R, self.held_RX.any(1))
+
+    def _logp_inside(self) -> Tensor:
+        return self.logp_RX - self.log_inside_R[:, None]
 
     def _sum(self, values_RX: Tensor) -> Tensor:
         return torch.where(self.held_RX, values_RX, 0.0).sum(1)
