@@ -83,16 +83,12 @@ class Batch:
             ordinals_B=self.ordinals_B, state=self.state)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        target = self.target
         return Batch(
             token_ids_T=change(self.token_ids_T), position_ids_T=change(self.position_ids_T),
             cu_seqlens_B1=change(self.cu_seqlens_B1), loss_mask_T=change(self.loss_mask_T),
             rows_R=change(self.rows_R), next_ids_R=change(self.next_ids_R),
             next_logprob_R=change(self.next_logprob_R), hidden={n: change(h) for n, h in self.hidden.items()},
-            target=SparseTarget(change(target.topk_ids_RK), change(target.topk_logprobs_RK),
-                                change(target.tail_mass_R), change(target.tail_ids_RM),
-                                change(target.tail_logprobs_RM), target.vocab_size),
-            ordinals_B=change(self.ordinals_B), state=self.state)
+            target=self.target.changed(change), ordinals_B=change(self.ordinals_B), state=self.state)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

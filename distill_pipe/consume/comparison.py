@@ -18,15 +18,13 @@ bound, or 1; clamping it would bias the mean.
 A draft vocabulary smaller than the target's (arXiv 2602.23881 section 4.4): tokens outside have q = 0. alpha keeps the
 true p, so they are lost for good; both KL take p renormalised inside. What share of p lies inside is exact for the
 head, and for the tail it is that of the samples (a ratio of estimates: KL is then only nearly unbiased). Under `drop`
-and `bucket` the whole tail counts as inside. A row of which nothing is inside has alpha 0 and adds 0 to every loss but
-TV.
+and `bucket` the whole tail counts as inside, and `drop` leaves out what it would add to KL. A row of which nothing is
+inside has alpha 0 and adds 0 to every loss but TV.
 
-Bounds hold under every rule. Lower: D. Upper: D + the least of P, Q, and what q puts outside the head with each token
-cut off at the smallest head entry, because no tail token is likelier than that.
+Bounds hold under every rule: see `bounds`. They are reported, not optimised.
 
 Everything is float32, also under autocast, and in log space: `log alpha` is a logsumexp of `min(log p, log q)`, so a
-row on which p and q hardly overlap has a finite loss and a live gradient. The bounds are reported, not optimised, and
-good to about 1e-6.
+row on which p and q hardly overlap has a finite loss and a live gradient.
 
 Shapes: R rows, K head entries, M tail samples, X entries of any kind, D draft vocabulary.
 """
@@ -39,12 +37,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from distill_pipe.consume.bounds import alpha_bounds
 from distill_pipe.consume.entries import Entries, Rows, log_inside
 from distill_pipe.consume.exact import ExactTarget
 from distill_pipe.consume.fused import FusedLogits
 from distill_pipe.consume.lookup import LOG_NOTHING, Query, look_up, working_dtype
 from distill_pipe.consume.sparse import SparseTarget
-from distill_pipe.consume.stored import StoredRows, Tempered
+from distill_pipe.consume.stored import StoredRows
 from distill_pipe.consume.vocabulary import DraftVocabulary
 from distill_pipe.errors import UsageError
 
@@ -89,7 +88,8 @@ def _compare_stored(draft: DraftLogits, target: SparseTarget, how: Comparing, we
     logp_RX = torch.where(held_RX, stored.logp_RX[:, :width] / how.temperature - at.z_R[:, None], 0.0)
     logw_RX = torch.where(held_RX, stored.logw_RX[:, :width], 0.0)
     entries = Entries(held_RX, logp_RX, logw_RX, logq_RX[:, :width], torch.zeros_like(at.z_R))
-    bounds = _bounds(entries, stored.num_head, at, capped_R)
+    head_RK = slice(None), slice(stored.num_head)
+    bounds = alpha_bounds(at, torch.where(held_RX[head_RK], logq_RX[head_RK].detach().exp(), 0.0), capped_R)
     # A tail is only there for the draft if it has tokens that are not in the head.
     has_tail_R = (stored.tail_tokens_R > 0) & (held_RX[:, :stored.num_head].sum(1) < draft.shape[1])
     if how.tail == "bucket":
@@ -125,17 +125,6 @@ def _compare_exact(draft: DraftLogits, target: ExactTarget, how: Comparing, weig
     kl_R, reverse_kl_R, log_alpha_R, usable_R = (torch.cat(column) for column in zip(*parts, strict=True))
     alpha_R = log_alpha_R.detach().exp()
     return Rows(kl_R, reverse_kl_R, log_alpha_R, alpha_R, alpha_R, usable_R)
-
-
-@torch.no_grad()
-def _bounds(entries: Entries, num_head: int, at: Tempered, capped_R: Tensor) -> tuple[Tensor, Tensor]:
-    held_RK, logp_RK = entries.held_RX[:, :num_head], entries.logp_RX[:, :num_head]
-    q_RK = torch.where(held_RK, entries.logq_RX[:, :num_head], LOG_NOTHING).exp()
-    p_lower_RK, p_upper_RK = ((logp_RK + (at.z_R - z_R)[:, None]).exp() for z_R in (at.z_upper_R, at.z_lower_R))
-    outside_R = 1 - q_RK.sum(1)
-    capped_outside_R = capped_R - torch.minimum(q_RK, at.cap_R.exp()[:, None]).sum(1)
-    tail_R = torch.minimum(at.tail_upper_R.exp(), torch.minimum(outside_R, capped_outside_R)).clamp(min=0)
-    return torch.minimum(p_lower_RK, q_RK).sum(1), torch.minimum(p_upper_RK, q_RK).sum(1) + tail_R
 
 
 def _with_bucket(entries: Entries, log_tail_R: Tensor, has_tail_R: Tensor, log_outside_R1: Tensor) -> Entries:

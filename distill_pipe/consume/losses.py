@@ -41,9 +41,9 @@ class LossOutput:
     """A loss, and the acceptance rate it was computed with.
 
     `loss` is a scalar with a gradient. The rest is detached: `alpha_R` follows the tail rule of the loss, and the true
-    acceptance rate of row r lies in `[alpha_lower_R[r], alpha_upper_R[r]]` under every rule, as far as the stored
-    log-probabilities are exact. `alpha`, `alpha_lower` and `alpha_upper` are their weighted means, as scalar tensors.
-    With a group, the scalars are those of all ranks and the rows are this rank's.
+    acceptance rate of row r lies in `[alpha_lower_R[r], alpha_upper_R[r]]` under every rule, whatever its tail is and
+    however its numbers were rounded: see `bounds`. `alpha`, `alpha_lower` and `alpha_upper` are their weighted means,
+    as scalar tensors. With a group, the scalars are those of all ranks and the rows are this rank's.
     """
 
     loss: Tensor

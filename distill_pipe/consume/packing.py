@@ -13,7 +13,7 @@ from torch import Tensor
 from distill_pipe.consume.batch import PADDING_ORDINAL, Batch
 from distill_pipe.consume.sparse import FlatEntries, SparseTarget
 from distill_pipe.consume.state import State
-from distill_pipe.store.codec import scaled_head
+from distill_pipe.store.codec import head_shift
 from distill_pipe.store.hidden_codec import decode_hidden
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.sidecar import EncodedTrace
@@ -29,8 +29,10 @@ def pack(encoded: Sequence[EncodedTrace], layers: Sequence[int], run: Run, state
     token_ids_T = _joined(traces, "token_ids_T").astype(np.int64)
     rows_R = np.concatenate([start + t.positions_R for start, t in zip(starts_B1[:-1], traces, strict=True)])
     tail_mass_R, topk_counts_R = _joined(traces, "tail_mass_R"), _joined(traces, "topk_counts_R")
-    head = FlatEntries(topk_counts_R, _joined(traces, "topk_ids_N"),
-                       scaled_head(_joined(traces, "topk_logprobs_N"), topk_counts_R, tail_mass_R).astype(np.float32))
+    topk_logprobs_N = _joined(traces, "topk_logprobs_N")
+    shift_R = head_shift(topk_logprobs_N, topk_counts_R, tail_mass_R)
+    scaled_N = (topk_logprobs_N + np.repeat(shift_R, topk_counts_R)).astype(np.float32)
+    head = FlatEntries(topk_counts_R, _joined(traces, "topk_ids_N"), scaled_N)
     tail = FlatEntries(_joined(traces, "tail_counts_R"), _joined(traces, "tail_ids_N"),
                        _joined(traces, "tail_logprobs_N"))
     return Batch(
@@ -41,7 +43,8 @@ def pack(encoded: Sequence[EncodedTrace], layers: Sequence[int], run: Run, state
         rows_R=torch.from_numpy(rows_R), next_ids_R=torch.from_numpy(token_ids_T[rows_R + 1]),
         next_logprob_R=torch.from_numpy(_joined(traces, "next_logprob_R")),
         hidden={n: _packed_hidden(encoded, n, starts_B1, run, torch.device(device)) for n in layers},
-        target=SparseTarget.from_flat(head, tail, tail_mass_R, run.spec.target.vocab_size),
+        target=SparseTarget.from_flat(head, tail, tail_mass_R, run.spec.target.vocab_size,
+                                      run.spec.capture.logprob_bits, shift_R),
         ordinals_B=torch.tensor([t.ordinal for t in traces]), state=state)
 
 

@@ -30,8 +30,7 @@ class LengthOutput:
     """A loss, and the number of drafted tokens that are accepted on average (without the target's own next token).
 
     `loss` is a scalar with a gradient, the rest is detached. The expected length lies between `length_lower` and
-    `length_upper`, as far as the stored log-probabilities are exact. `alpha_P` is the mean acceptance rate of each
-    position.
+    `length_upper`, which follow from the bounds of each alpha. `alpha_P` is the mean acceptance rate of each position.
     """
 
     loss: Tensor

@@ -10,7 +10,7 @@ weight `tail_mass / number of samples`. Samples may repeat.
 Shapes: R rows, K head entries of the longest row, M tail samples of the longest row, N flat entries, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_pipe.errors import UsageError
+from distill_pipe.store.codec import FLOAT32_BITS
 
 PADDING = -1
 
@@ -36,6 +37,10 @@ class FlatEntries:
 class SparseTarget:
     """R rows of a target distribution over `vocab_size` tokens; log-probabilities are natural and never renormalised.
 
+    Bounds also want to know how exact that is. `logprob_bits` is how many significant bits the log-probabilities were
+    rounded to (`CaptureSpec.logprob_bits`; 24 for not at all), and `topk_shift_R` what was added to each row's head
+    afterwards (`head_shift`), 0 when not given.
+
     Raises:
         UsageError: the shapes do not fit each other, or rows have no head.
     """
@@ -46,6 +51,8 @@ class SparseTarget:
     tail_ids_RM: Tensor
     tail_logprobs_RM: Tensor
     vocab_size: int
+    logprob_bits: int = FLOAT32_BITS
+    topk_shift_R: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows = self.tail_mass_R.shape
@@ -54,19 +61,24 @@ class SparseTarget:
             if len(rows) != 1 or ids.ndim != 2 or ids.shape[:1] != rows or ids.shape != logprobs.shape:
                 raise UsageError(f"the {name} has ids of shape {tuple(ids.shape)} and log-probabilities of shape "
                                  f"{tuple(logprobs.shape)} for a tail mass of shape {tuple(rows)}")
+        if self.topk_shift_R is not None and self.topk_shift_R.shape != rows:
+            raise UsageError(f"shifts have shape {tuple(self.topk_shift_R.shape)} for a tail mass of shape "
+                             f"{tuple(rows)}")
         if len(self) and self.topk_ids_RK.shape[1] == 0:
             raise UsageError("a target needs at least one head entry per row")
 
     @classmethod
-    def from_flat(cls, head: FlatEntries, tail: FlatEntries, tail_mass_R: NDArray[np.float32],
-                  vocab_size: int) -> "SparseTarget":
+    def from_flat(cls, head: FlatEntries, tail: FlatEntries, tail_mass_R: NDArray[np.float32], vocab_size: int,
+                  logprob_bits: int = FLOAT32_BITS, topk_shift_R: NDArray[np.floating] | None = None
+                  ) -> "SparseTarget":
         """Pad flat lists, as shards store them.
 
         Raises:
             UsageError: a token id lies outside the vocabulary, or the lists do not fit each other.
         """
         return cls(*_padded(head, vocab_size), torch.from_numpy(np.array(tail_mass_R, np.float32)),
-                   *_padded(tail, vocab_size), vocab_size)
+                   *_padded(tail, vocab_size), vocab_size, logprob_bits,
+                   None if topk_shift_R is None else torch.from_numpy(topk_shift_R.astype(np.float32)))
 
     @classmethod
     def from_logits(cls, logits_RV: Tensor, top_k: int, tail_samples: int,
@@ -91,7 +103,7 @@ class SparseTarget:
 
     @classmethod
     def cat(cls, targets: Sequence["SparseTarget"]) -> "SparseTarget":
-        """The rows of several targets, one after the other.
+        """The rows of several targets, one after the other, known as exactly as the least exact of them.
 
         Raises:
             UsageError: there are none, or their vocabularies differ.
@@ -102,20 +114,26 @@ class SparseTarget:
                    _cat([t.topk_logprobs_RK for t in targets], -torch.inf),
                    torch.cat([t.tail_mass_R for t in targets]),
                    _cat([t.tail_ids_RM for t in targets], PADDING),
-                   _cat([t.tail_logprobs_RM for t in targets], -torch.inf), targets[0].vocab_size)
+                   _cat([t.tail_logprobs_RM for t in targets], -torch.inf), targets[0].vocab_size,
+                   min(t.logprob_bits for t in targets), _cat_shifts(targets))
 
     def __len__(self) -> int:
         return len(self.tail_mass_R)
 
     def __getitem__(self, rows: slice | Tensor) -> "SparseTarget":
         """Some rows: a slice, a boolean mask, or row numbers. The padding keeps its width."""
-        return SparseTarget(self.topk_ids_RK[rows], self.topk_logprobs_RK[rows], self.tail_mass_R[rows],
-                            self.tail_ids_RM[rows], self.tail_logprobs_RM[rows], self.vocab_size)
+        return self.changed(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> "SparseTarget":
         """The same rows on another device."""
-        return SparseTarget(self.topk_ids_RK.to(device), self.topk_logprobs_RK.to(device), self.tail_mass_R.to(device),
-                            self.tail_ids_RM.to(device), self.tail_logprobs_RM.to(device), self.vocab_size)
+        return self.changed(lambda tensor: tensor.to(device))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "SparseTarget":
+        """The same with every tensor put through `change`."""
+        shift_R = None if self.topk_shift_R is None else change(self.topk_shift_R)
+        return SparseTarget(change(self.topk_ids_RK), change(self.topk_logprobs_RK), change(self.tail_mass_R),
+                            change(self.tail_ids_RM), change(self.tail_logprobs_RM), self.vocab_size,
+                            self.logprob_bits, shift_R)
 
 
 def _padded(entries: FlatEntries, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +150,12 @@ def _padded(entries: FlatEntries, vocab_size: int) -> tuple[Tensor, Tensor]:
     logprobs_RK = np.full(filled_RK.shape, -np.inf, np.float32)
     ids_RK[filled_RK], logprobs_RK[filled_RK] = entries.ids_N, entries.logprobs_N
     return torch.from_numpy(ids_RK), torch.from_numpy(logprobs_RK)
+
+
+def _cat_shifts(targets: Sequence[SparseTarget]) -> Tensor | None:
+    if all(t.topk_shift_R is None for t in targets):
+        return None
+    return torch.cat([torch.zeros_like(t.tail_mass_R) if t.topk_shift_R is None else t.topk_shift_R for t in targets])
 
 
 def _cat(parts: Sequence[Tensor], fill: float) -> Tensor:

@@ -216,7 +216,7 @@ def _sample_traces(root: Root, run: Run, fragments: Sequence[Fragment], traces: 
         places = np.unique(np.linspace(0, table.num_rows - 1, min(share, table.num_rows)).round().astype(int))
         for place in places.tolist():
             trace = next(traces_from_table(table.slice(place, 1), run.spec.target.vocab_size))
-            yield viewed_trace(trace, run.spec.target.vocab_size)
+            yield viewed_trace(trace, run.spec.target.vocab_size, run.spec.capture.logprob_bits)
 
 
 def _token_text(viewed: Sequence[ViewedTrace], decode: Callable[[int], str]) -> dict[int, str]:

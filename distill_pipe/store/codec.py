@@ -107,20 +107,33 @@ def round_significant(values: NDArray[np.float32], bits: int) -> NDArray[np.floa
     return rounded
 
 
+def rounding_error(bits: int) -> float:
+    """The most that `round_significant` moves a number, as a share of what it becomes."""
+    return 0.0 if bits >= FLOAT32_BITS else 2.0**-bits
+
+
 def scalar_bits(logprob_bits: int) -> int:
     """Significant bits of `logsumexp`, `tail_mass` and `next_logprob`: one number per row, so eight more."""
     return min(FLOAT32_BITS, logprob_bits + 8)
 
 
-def scaled_head(topk_logprobs_N: NDArray[Any], topk_counts_R: NDArray[Any], tail_mass_R: NDArray[Any]
-                ) -> NDArray[np.float64]:
-    """Head log-probabilities shifted, row by row, so that head and tail mass add up to 1: what rounding took from the
-    row as a whole is given back, and a third of its total variation with it. A row that is nearly all tail is left as
-    it is, since 1 - tail_mass is no better known there than the head."""
+def head_shift(topk_logprobs_N: NDArray[Any], topk_counts_R: NDArray[Any], tail_mass_R: NDArray[Any]
+               ) -> NDArray[np.float64]:
+    """What to add to the head log-probabilities of each row, so that head and tail mass add up to 1: what rounding took
+    from the row as a whole is given back, and a third of its total variation with it. 0 for a row that is nearly all
+    tail, since 1 - tail_mass is no better known there than the head."""
     logprobs_N, tail_R = topk_logprobs_N.astype(np.float64), tail_mass_R.astype(np.float64)
     rows_N = np.repeat(np.arange(len(topk_counts_R)), topk_counts_R)
     head_R = np.bincount(rows_N, np.exp(logprobs_N), len(topk_counts_R))
     usable_R = (tail_R <= SCALED_TAIL_MASS) & (head_R > 0)
-    shift_R = np.log(np.where(usable_R, 1.0 - tail_R, 1.0)) - np.log(np.where(usable_R, head_R, 1.0))
-    shifted_N: NDArray[np.float64] = logprobs_N + shift_R[rows_N]
-    return shifted_N
+    shift_R: NDArray[np.float64] = (np.log(np.where(usable_R, 1.0 - tail_R, 1.0))
+                                    - np.log(np.where(usable_R, head_R, 1.0)))
+    return shift_R
+
+
+def scaled_head(topk_logprobs_N: NDArray[Any], topk_counts_R: NDArray[Any], tail_mass_R: NDArray[Any]
+                ) -> NDArray[np.float64]:
+    """Head log-probabilities shifted by `head_shift`."""
+    scaled_N: NDArray[np.float64] = topk_logprobs_N.astype(np.float64) + np.repeat(
+        head_shift(topk_logprobs_N, topk_counts_R, tail_mass_R), topk_counts_R)
+    return scaled_N
