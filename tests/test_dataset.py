@@ -97,6 +97,17 @@ def test_missing_data_is_named_when_it_is_asked_for(root: Path) -> None:
         dataset[4]
 
 
+def test_a_shard_that_could_not_be_opened_once_is_tried_again(root: Path) -> None:
+    dataset, path = ShardDataset(root), root / shard_name(1)
+    kept = path.read_bytes()
+    path.unlink()
+    for _ in range(2):
+        with pytest.raises(DamageError, match="missing"):
+            dataset[4]
+    path.write_bytes(kept)
+    assert dataset[4].ordinals_B.tolist() == [4]
+
+
 def test_settings_out_of_range_are_refused(root: Path) -> None:
     with pytest.raises(UsageError):
         ShardDataset(root, open_shards=0)

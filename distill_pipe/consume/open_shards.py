@@ -21,7 +21,7 @@ class OpenShards:
         self._held: OrderedDict[int, Future[OpenedShard]] = OrderedDict()
 
     def get(self, shard: int) -> OpenedShard:
-        """The shard, opened now if it is not held. Raises as `ShardFiles.open`."""
+        """The shard, opened now if it is not held. Raises as `ShardFiles.open`; what failed is not held."""
         with self._lock:
             held = self._held.get(shard)
             future = held if held is not None else self._held.setdefault(shard, Future())
@@ -32,6 +32,10 @@ class OpenShards:
             try:
                 future.set_result(self._open(shard))
             except BaseException as error:  # noqa: BLE001 - raised below, to everybody who waits
+                with self._lock:
+                    # A store that failed once may answer the next time.
+                    if self._held.get(shard) is future:
+                        del self._held[shard]
                 future.set_exception(error)
         return future.result()
 
