@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tiny_datasets import Shape, start_run, trace_from_logits
 
-from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.captured import CapturedStep, Part
-from distill_pipe.produce.sink import ShardOutcome, ShardSink
+from distill_pipe.produce.engine import FinishedTrace, ShardOutcome
+from distill_pipe.produce.sink import ShardSink
 from distill_pipe.produce.step import NO_TOKEN
 from distill_pipe.store.plan import shard_range
 from distill_pipe.store.root import LocalRoot

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distill_pipe.errors import CaptureError, NotFiniteError
-from distill_pipe.produce.assembly import Assembler, FinishedTrace, StepRows
+from distill_pipe.produce.assembly import Assembler, StepRows
 from distill_pipe.produce.captured import CapturedStep, Part, by_prompt, coded_step
+from distill_pipe.produce.engine import FinishedTrace
 from distill_pipe.produce.head import HeadReducer, row_uniforms
 from distill_pipe.store.hidden_codec import encode_hidden
 from distill_pipe.store.sidecar import EncodedTrace

@@ -16,7 +16,7 @@ from fakes import assert_same_rows, assert_whole, fake_job, quarantined, run_her
 from distill_pipe.errors import ClusterError, EngineError, StorageFullError
 from distill_pipe.produce import driver
 from distill_pipe.produce.driver import Driver, Ready, Report
-from distill_pipe.produce.engine import EngineOptions
+from distill_pipe.produce.engine import EngineOptions, ShardOutcome
 from distill_pipe.produce.fake_engine import FakeEngine
 from distill_pipe.produce.fake_target import ByteRenderer
 from distill_pipe.produce.generate import freeze, prepare
@@ -24,7 +24,6 @@ from distill_pipe.produce.job import Job
 from distill_pipe.produce.journal import Journal, Meters
 from distill_pipe.produce.replica import EnginePlan, Place, Replica
 from distill_pipe.produce.schedule import Failure, Schedule, Work, shards_in_flight
-from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.produce.worker import Progress, ShardWorker
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import num_shards

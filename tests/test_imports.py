@@ -64,7 +64,8 @@ def test_errors_imports_nothing() -> None:
 
 
 @pytest.mark.parametrize(("module", "files"), [
-    ("vllm", {"produce/capture.py", "produce/seams.py", "produce/vllm_engine.py", "speculative/vllm_decoding.py"}),
+    ("vllm", {"produce/capture.py", "produce/core_watch.py", "produce/seams.py", "produce/vllm_engine.py",
+              "speculative/vllm_decoding.py"}),
     ("ray", {"produce/cluster.py", "produce/job_server.py"})])
 def test_only_the_files_meant_to_import_an_engine_or_ray_do(module: str, files: set[str]) -> None:
     assert importers(module) == files
@@ -92,8 +93,13 @@ def test_the_consumer_works_without_engine_and_without_producer() -> None:
     import_blocked(CONSUME, ("vllm", "ray", "distill_pipe.produce"))
 
 
-def test_the_engine_contract_works_without_an_engine() -> None:
-    import_blocked([f"distill_pipe.produce.{name}" for name in ("engine", "worker", "cluster", "sink")], HEAVY)
+def test_what_plans_and_drives_a_run_works_without_an_engine_and_without_torch() -> None:
+    import_blocked([f"distill_pipe.produce.{name}" for name in ("engine", "worker", "cluster", "generate", "forecast")],
+                   (*HEAVY, "torch"))
+
+
+def test_the_sink_works_without_an_engine() -> None:
+    import_blocked(["distill_pipe.produce.sink"], HEAVY)
 
 
 FORBIDDEN_MODULES = ("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib")

@@ -1,7 +1,7 @@
 """Plans of targets that are nowhere near: no weights, no tokenizer, no GPU, no network, no vLLM.
 
-Catches a plan that needs one of them, hours that do not follow from the named assumptions, and a job that cannot fit
-and is let through.
+Catches a plan that needs one of them or waits for torch to be imported, hours that do not follow from the named
+assumptions, and a job that cannot fit and is let through.
 """
 
 import json
@@ -31,16 +31,20 @@ from distill_pipe.produce.targets import planned_target, preset_target
 from distill_pipe.produce.throughput import BANDWIDTH_SHARE, FLOPS_SHARE, Work, estimate
 from distill_pipe.store.plan import Message
 
+GOLDEN = str(Path(__file__).parent / "golden" / "v1" / "dataset")
 OPTIONS = ("--layers", "3+last", "--hidden-codec", "q6")
 
 
 def plan(corpus: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    """`distill-pipe plan` where neither the engine nor the hub can be had."""
-    code = ("import sys; sys.modules.update(dict.fromkeys(('vllm', 'ray', 'transformers')))\n"
+    """`distill-pipe plan` where neither the engine nor torch nor the hub can be had."""
+    code = ("import sys; sys.modules.update(dict.fromkeys(('vllm', 'ray', 'transformers', 'torch')))\n"
             "from distill_pipe.cli import main; main()")
     return subprocess.run([sys.executable, "-c", code, "plan", "--corpus", str(corpus), *map(str, options)],
-                          capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(corpus.parent / "hub")})
+                          capture_output=True, text=True, timeout=300, env=without_hub(corpus))
+
+
+def without_hub(corpus: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(corpus.parent / "hub")}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,18 @@ def test_a_plan_of_a_685b_target_needs_nothing_of_it(corpus: Path) -> None:
     notes = " ".join(found["notes"])
     for part in ("the preset's", "4 bytes of text", "50% of its memory bandwidth", "responses are assumed to have 700"):
         assert part in notes
+
+
+@pytest.mark.parametrize("line", [
+    ("--help",), ("generate", "--help"), ("targets", "list"), ("targets", "show", "deepseek-v3"), ("status", GOLDEN),
+    ("plan", "--target", "deepseek-v3", "--gpus", "8xH200", "--corpus", "CORPUS", "--json")], ids=" ".join)
+def test_a_command_that_only_looks_imports_no_torch_and_no_engine(corpus: Path, line: tuple[str, ...]) -> None:
+    code = ("import sys\nfrom distill_pipe.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+            "print('imported', *{'torch', 'vllm', 'ray', 'transformers'} & sys.modules.keys())")
+    done = subprocess.run([sys.executable, "-c", code, *(str(corpus) if word == "CORPUS" else word for word in line)],
+                          capture_output=True, text=True, timeout=300, env=without_hub(corpus))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported"
 
 
 @pytest.mark.parametrize("gpu", GPUS)

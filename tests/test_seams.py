@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from remote_wheel import CANNOT_BE_REACHED
 
-from distill_pipe.produce.vllm_engine import vllm_spec
+from distill_pipe.produce.engines import vllm_spec
 
 NEXT = "0.33.0"
 MOST_BYTES = 10_000_000

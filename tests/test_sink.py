@@ -41,7 +41,8 @@ from runs import GENERATE, command, prompt_records, write_corpus
 from tiny_datasets import Shape, random_trace, start_run
 
 from distill_pipe.errors import CaptureError
-from distill_pipe.produce.sink import ShardOutcome, ShardSink
+from distill_pipe.produce.engine import ShardOutcome
+from distill_pipe.produce.sink import ShardSink
 from distill_pipe.store.commit import commit_shard, committed_shards
 from distill_pipe.store.hidden_codec import encode_trace
 from distill_pipe.store.manifest import Run, ShardInfo

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pipe.errors import CaptureError
-from distill_pipe.produce.assembly import Assembler, FinishedTrace
+from distill_pipe.produce.assembly import Assembler
 from distill_pipe.produce.captured import by_prompt, coded_step, codes_in_step
+from distill_pipe.produce.engine import FinishedTrace
 from distill_pipe.produce.head import WHOLE, VocabShard
 from distill_pipe.produce.step import NO_TOKEN, Request, StepCapture, StepView, Wanted
 from distill_pipe.store.hidden_codec import decode_hidden, is_measured, relative_errors

@@ -14,28 +14,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_pipe.errors import CaptureError
+from distill_pipe.produce.engine import FinishedTrace
 from distill_pipe.store.hidden_codec import CodedRows, as_tensor, encoded_trace, is_measured
 from distill_pipe.store.sidecar import EncodedTrace
 from distill_pipe.store.spec import CaptureSpec
 from distill_pipe.store.trace import Trace
-
-
-class FinishedTrace(msgspec.Struct, frozen=True, array_like=True):
-    """What the driver knows of a finished prompt."""
-
-    ordinal: int
-    prompt_id: str
-    domain: str | None
-    finish_reason: str
-    token_ids: list[int]
-    loss_mask: list[bool]
 
 
 @dataclass(slots=True)

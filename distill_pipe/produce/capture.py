@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distill_pipe.errors import CaptureError
-from distill_pipe.produce.assembly import FinishedTrace
+from distill_pipe.produce.engine import FinishedTrace
 from distill_pipe.produce.seams import (
     SamplerTap,
     check_seams,

@@ -23,10 +23,10 @@ from distill_pipe.errors import (
     StoreAccessError,
     StoreError,
 )
+from distill_pipe.produce.engine import ShardOutcome
 from distill_pipe.produce.journal import Journal, Meters
 from distill_pipe.produce.replica import Place
 from distill_pipe.produce.schedule import Command, Failure, Feed, Kill, Quarantine, Schedule, Start, Stop, Work
-from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.produce.worker import Progress
 
 POLL_SECONDS = 1.0

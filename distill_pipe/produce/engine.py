@@ -1,22 +1,20 @@
 """What a target engine must do, so that the rest of the pipeline knows no engine by name.
 
 An engine takes requests at any time, runs them together, and commits whole shards through a sink that lives wherever
-its rows are born. It is driven by repeated `step` calls from one thread; nothing here is asynchronous.
+its rows are born. It is driven by repeated `step` calls from one thread; nothing here is asynchronous. Nothing here
+needs torch either, so that whoever plans or drives a run starts without it.
 
 Shapes: T tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from msgspec import Meta, Struct
 
-if TYPE_CHECKING:
-    # A command that only describes a job needs no torch.
-    from distill_pipe.produce.assembly import FinishedTrace
-    from distill_pipe.produce.sink import ShardOutcome
-    from distill_pipe.store.shard import QuarantinedPrompt
+from distill_pipe.store.manifest import Fragment
+from distill_pipe.store.shard import QuarantinedPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,28 @@ class Response:
     ordinal: int
     token_ids: Sequence[int]
     finish_reason: str
+
+
+class FinishedTrace(Struct, frozen=True, array_like=True):
+    """What the driver knows of a finished prompt."""
+
+    ordinal: int
+    prompt_id: str
+    domain: str | None
+    finish_reason: str
+    token_ids: list[int]
+    loss_mask: list[bool]
+
+
+class ShardOutcome(Struct, frozen=True, array_like=True):
+    """What became of a shard: its fragment, or the error (class name and message) that kept it from being committed.
+    `seconds` is what the commit took."""
+
+    shard: int
+    fragment: Fragment | None
+    error: str = ""
+    message: str = ""
+    seconds: float = 0.0
 
 
 class EngineOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,11 +91,11 @@ class TargetEngine(Protocol):
     def step(self) -> list[Response]:
         """Run for a little while; returns the requests that finished. Returns at once when there is nothing to run."""
 
-    def finish(self, shard: int, traces: "Sequence[FinishedTrace]") -> None:
+    def finish(self, shard: int, traces: Sequence[FinishedTrace]) -> None:
         """Turn captured rows of finished prompts into traces."""
 
-    def commit(self, shard: int, quarantined: "Sequence[QuarantinedPrompt]") -> None:
+    def commit(self, shard: int, quarantined: Sequence[QuarantinedPrompt]) -> None:
         """Write a shard whose prompts are all finished or given up on; returns before it is written."""
 
-    def outcomes(self) -> "list[ShardOutcome]":
+    def outcomes(self) -> list[ShardOutcome]:
         """Shards decided since the last call."""

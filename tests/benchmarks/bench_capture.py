@@ -24,8 +24,8 @@ from runs import write_corpus
 from distill_pipe.produce.chat import Renderer
 from distill_pipe.produce.gauge import RecordingEngine, capture_all, questions_corpus, run_plain
 from distill_pipe.produce.generate import freeze, prepare
-from distill_pipe.produce.head import CHUNK_ROWS
 from distill_pipe.produce.job import Job, load_job
+from distill_pipe.produce.sizes import CHUNK_ROWS
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import LocalRoot
 
