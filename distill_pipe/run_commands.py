@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from distill_pipe.errors import QuarantineLimitError
 from distill_pipe.options import (
     Codec,
     Corpus,
@@ -34,13 +35,16 @@ from distill_pipe.options import (
 )
 from distill_pipe.report_tables import print_facts, print_forecast, say
 from distill_pipe.stopping import StopRequest
+from distill_pipe.store.commit import committed_shards, shard_fragment
 from distill_pipe.store.plan import num_shards
+from distill_pipe.store.quarantine import quarantined_prompts
 from distill_pipe.store.root import open_root
 from distill_pipe.store.status import status as read_status
 
 if TYPE_CHECKING:
     from distill_pipe.produce.job import Job
     from distill_pipe.store.manifest import Run
+    from distill_pipe.store.root import Root as Store
 
 STOP = StopRequest()
 LogJson = Annotated[Path | None, typer.Option("--log-json", help="Append what happens to this file, as JSON lines.")]
@@ -101,6 +105,8 @@ def run(job: "Job", as_json: bool, log_json: Path | None) -> None:
             raise typer.Exit(STOP.exit_code) from None
     store = open_root(job.out)
     facts = read_status(store)
+    if facts.traces == 0:
+        _require_a_trace(store, done)
     if as_json:
         print_facts(facts, as_json)
         return
@@ -108,3 +114,14 @@ def run(job: "Job", as_json: bool, log_json: Path | None) -> None:
     say(f"{job.out}: {facts.traces} traces, {facts.rows} rows, {facts.tokens} tokens, {per_token:,.0f} bytes per token"
          f", {facts.quarantined} prompts quarantined; {meter.shards} of {num_shards(done)} shards made by this "
          f"call in {meter.seconds:,.0f} s")
+
+
+def _require_a_trace(store: "Store", run: "Run") -> None:
+    """Raises:
+        QuarantineLimitError: every prompt was given up on.
+    """
+    if any(shard_fragment(store, run, shard).info.traces for shard in committed_shards(store)):
+        return
+    _, first = next(quarantined_prompts(store, run, None))
+    raise QuarantineLimitError(f"{store} holds nothing to train on: all {run.spec.corpus.prompts} prompts were given "
+                               f"up on (the first: {first.message.splitlines()[0]})")

@@ -3,6 +3,7 @@ another machine is told nothing else. Imports what an engine needs only when it 
 """
 
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 
 from distill_pipe.errors import EngineError
@@ -37,8 +38,12 @@ def engine_for(target: TargetSpec, max_model_len: int, installed: Callable[[int]
 
 def start_renderer(run: Run, model: str, revision: str | None) -> Renderer:
     """The chat template and tokenizer of a run's target."""
-    return ByteRenderer() if run.spec.target.architecture == ARCHITECTURE else Renderer(
-        model, revision, run_date(run))
+    return renderer_for(run.spec.target, model, revision, run_date(run))
+
+
+def renderer_for(target: TargetSpec, model: str, revision: str | None, today: date) -> Renderer:
+    """The chat template and tokenizer of a target, on a day that the template is told."""
+    return ByteRenderer() if target.architecture == ARCHITECTURE else Renderer(model, revision, today)
 
 
 def start_engine(run: Run, root: Root, model: str, revision: str | None, options: EngineOptions) -> TargetEngine:

@@ -11,15 +11,18 @@ from itertools import islice
 
 import distill_pipe
 from distill_pipe.errors import QuarantineLimitError, UsageError, failure_class
+from distill_pipe.produce.chat import TooLongError
 from distill_pipe.produce.cluster import ClusterPlan, run_on_ray
 from distill_pipe.produce.corpus import corpus_files, read_prompts
-from distill_pipe.produce.engines import engine_for, vllm_spec
+from distill_pipe.produce.engines import engine_for, renderer_for, vllm_spec
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.journal import Journal
 from distill_pipe.produce.layers import resolve_layers
+from distill_pipe.produce.loss_mask import TemplateError
 from distill_pipe.produce.schedule import Limits
 from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.worker import Progress
+from distill_pipe.redact import redacted
 from distill_pipe.store.card import write_card
 from distill_pipe.store.commit import committed_shards, restore_fragments
 from distill_pipe.store.manifest import (
@@ -74,7 +77,10 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     """
     root, journal = open_root(job.out), journal or Journal()
     target, spec = prepare(job)
-    run = read_run(root) or freeze(root, spec, job)
+    run = read_run(root)
+    if run is None:
+        _require_supervision(target, spec, job)
+        run = freeze(root, spec, job)
     require_same_run(root, run, spec)
     require_exclusive_create(root)
     for part in run.plan:
@@ -121,6 +127,27 @@ class _Watch:
             self._failed += prompt.code in FAILED
             self._journal.write("prompt_quarantined", shard=info.shard, ordinal=prompt.ordinal, code=prompt.code,
                                 reason=prompt.message)
+
+
+def _require_supervision(target: Target, spec: RunSpec, job: Job) -> None:
+    """Read given responses up to the first that can be supervised, so that a corpus without any starts no engine.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if spec.responses == "target":
+        return
+    renderer = renderer_for(spec.target, str(target.folder), None, datetime.now(UTC).date())
+    reason = ""
+    for prompt in read_prompts(job.corpus_files, job.responses, job.limit):
+        try:
+            renderer.render_fitting(prompt.messages, spec)
+        except (TemplateError, TooLongError) as error:
+            reason = reason or redacted(str(error)).splitlines()[0]
+        else:
+            return
+    raise UsageError(f"none of {spec.corpus.prompts} conversations has a token to supervise (the first: {reason}); see "
+                     "to `weight` and `supervised` of the assistant's turns, and to max_model_len")
 
 
 @contextmanager
