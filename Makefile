@@ -33,7 +33,7 @@ layouts: $(STAMP) ## Engines of several devices: tensor parallel, three pipeline
 test-targets: $(STAMP) ## A tiny twin of every preset: generate, verify, a step of training (12 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m targets
 
-loaders: $(STAMP) ## Exports read by other trainers' own loaders, out of their wheels (1 minute, 9 MB downloaded)
+loaders: $(STAMP) ## Exports read by other trainers' own loaders, the dashboard by Grafana's models, out of their wheels (1 minute, 9 MB)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m loaders
 
 check: $(STAMP) ## Lint, types, and generated files that are out of date
