@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+import distill_pipe
 from distill_pipe.corpus_commands import prepare
 from distill_pipe.errors import DistillPipeError, UsageError
 from distill_pipe.export_commands import export
@@ -30,21 +31,21 @@ from distill_pipe.targets_commands import targets
 from distill_pipe.token_text import token_decoder
 from distill_pipe.train_commands import bench_draft, evaluate, train
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Offline target distillation for speculative decoding.")
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-app.command()(generate)
-app.command()(prepare)
-app.command()(plan)
-app.add_typer(targets, name="targets")
+def _print_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"distill-pipe {distill_pipe.__version__}\n")
+        raise typer.Exit
 
 
-app.command()(status)
-app.command()(verify)
+@app.callback()
+def options(_version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                                                  help="Show the version and exit.")] = False) -> None:
+    """Offline target distillation for speculative decoding."""
 
 
-@app.command()
 def finalize(root: Root, as_json: Json = False) -> None:
     """Sum up a complete dataset: manifest, statistics, token frequencies, and the mark that it is complete."""
     from distill_pipe.store.finalize import finalize as finalize_dataset
@@ -52,7 +53,6 @@ def finalize(root: Root, as_json: Json = False) -> None:
     print_statistics(finalize_dataset(open_root(root)), as_json)
 
 
-@app.command()
 def inspect(
     root: Root,
     trace: Annotated[int, typer.Option(help="The prompt's ordinal.")] = 0,
@@ -70,21 +70,33 @@ def inspect(
     print_trace(rows, lambda token: visible(decode(token)), trace)
 
 
-app.command("retry-quarantine")(retry_quarantine)
-app.command()(report)
-app.command()(gc)
+# Before a run.
+app.add_typer(targets, name="targets")
+app.command()(plan)
+app.command()(prepare)
 app.command()(selftest)
 app.command()(doctor)
-app.command()(train)
-app.command()(evaluate)
-app.command("bench-draft")(bench_draft)
-app.command()(push)
-app.command()(pull)
+# A run.
+app.command()(generate)
 app.command()(submit)
 app.command()(logs)
 app.command()(cancel)
+app.command()(status)
+app.command("retry-quarantine")(retry_quarantine)
+# A dataset.
+app.command()(verify)
+app.command()(finalize)
+app.command()(gc)
+app.command()(inspect)
+app.command()(report)
 app.command()(audit)
+app.command()(push)
+app.command()(pull)
 app.command()(export)
+# A draft, and capture.
+app.command()(train)
+app.command()(evaluate)
+app.command("bench-draft")(bench_draft)
 app.command("bench-capture")(bench_capture)
 
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
-from distill_pipe.report_tables import say
+from distill_pipe.report_tables import print_table, say
 
 if TYPE_CHECKING:
     from distill_pipe.consume.evaluate import Evaluation
@@ -67,4 +66,4 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(head, justify="left" if number == 1 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table, highlight=False, markup=False)
+    print_table(table)

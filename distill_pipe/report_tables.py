@@ -1,6 +1,7 @@
 """How facts are shown on stdout: one JSON object, or tables that fit a terminal.
 
-Text is for people and may change; scripts read `--json`, whose fields are those of the records.
+Text is for people and may change; scripts read `--json`, whose fields are those of the records. Nothing is cut off to
+fit: a narrow terminal shows long names over several lines.
 """
 
 import sys
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from distill_pipe.produce.throughput import Throughput
     from distill_pipe.store.finalize import Final
 
+# Columns of a table that nobody's terminal limits.
+_UNBROKEN = 100_000
+
 
 def print_facts(facts: msgspec.Struct, as_json: bool) -> None:
     """A record of plain facts, one per line."""
@@ -32,7 +36,7 @@ def print_facts(facts: msgspec.Struct, as_json: bool) -> None:
     for name in facts.__struct_fields__:
         value = getattr(facts, name)
         if isinstance(value, tuple):
-            value = ", ".join(map(str, value)) or "none"
+            value = ("\n" if value and isinstance(value[0], str) else ", ").join(map(str, value)) or "none"
         elif isinstance(value, dict):
             value = ", ".join(f"{count} {what}" for what, count in value.items()) or "none"
         elif isinstance(value, float):
@@ -40,7 +44,17 @@ def print_facts(facts: msgspec.Struct, as_json: bool) -> None:
         elif value is None:
             value = "-"
         table.add_row(name.replace("_", " "), str(value))
-    Console().print(table, highlight=False, markup=False)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout, whole: folded on a narrow terminal, unbroken where a file or a pipe takes it."""
+    console = Console(emoji=False)
+    if not console.is_terminal:
+        console.width = _UNBROKEN
+    for column in table.columns:
+        column.overflow = "fold"
+    console.print(table, highlight=False, markup=False)
 
 
 def say(text: str) -> None:
@@ -71,7 +85,7 @@ def print_statistics(final: "Final", as_json: bool) -> None:
     for part in found.coverage:
         table.add_row(f"a draft vocabulary of {part.size:,} covers",
                       f"{part.mass:.2%} of the probability, {part.tokens:.2%} of the tokens")
-    Console().print(table, highlight=False, markup=False)
+    print_table(table)
 
 
 def print_trace(rows: Sequence[InspectedToken], decode: Callable[[int], str], ordinal: int) -> None:
@@ -83,7 +97,7 @@ def print_trace(rows: Sequence[InspectedToken], decode: Callable[[int], str], or
         likely = "  ".join(f"{decode(token)} {p:.3f}" for token, p in row.candidates)
         table.add_row(str(row.position), decode(row.token_id), "yes" if row.supervised else "", likely,
                       "" if row.tail_mass is None else f"{row.tail_mass:.3f}")
-    Console().print(table, highlight=False, markup=False)
+    print_table(table)
 
 
 def print_audit(found: "AuditReport", as_json: bool) -> None:
@@ -100,7 +114,7 @@ def print_audit(found: "AuditReport", as_json: bool) -> None:
         layers.add_row(str(layer.layer), f"{layer.positions:,}", *_short(
             layer.mean, layer.max, layer.codec_mean, layer.codec_max))
     for part in (_pairs(_audit_facts(found)), numbers, *([layers] if found.layers else [])):
-        Console().print(part, highlight=False, markup=False)
+        print_table(part)
 
 
 def _audit_facts(found: "AuditReport") -> dict[str, str]:
@@ -138,7 +152,7 @@ def print_gauge(found: "Gauge", as_json: bool) -> None:
                        ("the sink's thread, writing and committing", times.sink.commit_cpu_seconds)):
         parts.add_row(name, f"{part:.2f}", f"{part / seconds:.1%}")
     for table in (_pairs(facts), parts):
-        Console().print(table, highlight=False, markup=False)
+        print_table(table)
 
 
 def _short(*figures: float) -> tuple[str, ...]:
@@ -158,12 +172,11 @@ def print_forecast(found: "Forecast", as_json: bool) -> None:
     if as_json:
         print_facts(found, as_json)
         return
-    console = Console()
     for part in (_pairs(_run_facts(found)), _column_table(found), _codec_table(found),
                  _pairs(_memory_facts(found.memory, found.layout), "each engine")):
-        console.print(part, highlight=False, markup=False)
+        print_table(part)
     for note in found.notes:
-        console.print(f"- {note}", highlight=False, markup=False)
+        sys.stdout.write(f"- {note}\n")
 
 
 def _pairs(facts: Mapping[str, str], title: str | None = None) -> Table:

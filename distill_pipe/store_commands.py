@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from distill_pipe.errors import DamageError, UsageError
 from distill_pipe.options import Json, Root
-from distill_pipe.report_tables import print_facts, say
+from distill_pipe.report_tables import print_facts, print_table, say
 from distill_pipe.store.root import open_root
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def selftest(
         for probe in found.probes:
             mark = "ok" if probe.passed else "FAILED" if probe.needed else "no"
             table.add_row(mark, probe.name, f"{probe.seconds:.2f}", probe.detail)
-        Console().print(table, highlight=False, markup=False)
+        print_table(table)
     if found.failed:
         raise UsageError(f"{output} cannot hold a dataset safely: {'; '.join(found.failed)}; use another store")
 
@@ -97,7 +96,7 @@ def doctor(as_json: Json = False) -> None:
     table = Table(box=None, show_header=False)
     for fact in facts:
         table.add_row(fact.name, fact.value, f"! {fact.advice}" if fact.advice else "")
-    Console().print(table, highlight=False, markup=False)
+    print_table(table)
 
 
 def _state_check() -> "CheckStates | None":

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from distill_pipe.errors import UsageError
@@ -15,7 +14,7 @@ from distill_pipe.produce.layers import resolve_layers
 from distill_pipe.produce.layouts import GIB, describe
 from distill_pipe.produce.model_config import count_parameters
 from distill_pipe.produce.preset import Preset, load_preset, preset_names
-from distill_pipe.report_tables import say
+from distill_pipe.report_tables import print_table, say
 
 targets = typer.Typer(no_args_is_help=True, help="The targets known by name.", rich_markup_mode=None)
 
@@ -51,7 +50,7 @@ def list_targets(as_json: Json = False) -> None:
     for target in found.targets:
         layouts = (_short(target.preset, gpu) for gpu in GPUS)
         table.add_row(target.name, _billions(target.parameters), _gib(target.weight_bytes), *layouts)
-    Console().print(table, highlight=False, markup=False)
+    print_table(table)
     say("GPUs that one engine takes; 2x8 are two machines. `targets show NAME` tells the rest")
 
 
@@ -67,7 +66,7 @@ def show(name: Annotated[str, typer.Argument(help="One of `targets list`.")], as
     table = Table(show_header=False, box=None)
     for label, value in _shown(target).items():
         table.add_row(label, value)
-    Console().print(table, highlight=False, markup=False)
+    print_table(table)
 
 
 def _facts(name: str) -> TargetFacts:

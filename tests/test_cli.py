@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from runs import GENERATE, PROMPTS, command, prompt_records, stored_traces, write_corpus
 
+from distill_pipe import __version__
 from distill_pipe.cli import main
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.verify import verify
@@ -130,6 +131,10 @@ def test_an_adaptive_head_is_an_option_of_its_own(cli, tmp_path) -> None:
     code, _, err = cli(*line, "--coverage", "0.9", "--top-k", "64")
     assert code == 2
     assert "give one of them" in err
+
+
+def test_the_version_is_an_option(cli) -> None:
+    assert cli("--version") == (0, f"distill-pipe {__version__}\n", "")
 
 
 def test_commands_on_a_folder_that_is_no_dataset_say_so(cli, tmp_path) -> None:

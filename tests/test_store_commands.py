@@ -50,6 +50,24 @@ def all_bytes(root: LocalRoot) -> dict[str, bytes]:
     return {str(p.relative_to(root.path)): p.read_bytes() for p in sorted(root.path.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.parametrize("terminal", [False, True], ids=["into a pipe", "on a narrow terminal"])
+def test_verify_shows_the_whole_name_of_what_is_damaged(cli, tmp_path, monkeypatch, terminal) -> None:
+    folder = tmp_path / ("a long name of a folder on a shared disk " * 4).strip() / "with :smile: [bold]"
+    make_dataset(folder, PROMPTS)
+    damaged = folder / shard_name(1)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    monkeypatch.setenv("COLUMNS", "80")
+    if terminal:
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    code, out, _ = cli("verify", folder)
+    assert code == 8
+    if terminal:
+        assert max(map(len, out.splitlines())) <= 80
+        assert "".join(str(damaged).split()) in "".join(out.split())
+    else:
+        assert re.search(rf"^ +problems +{re.escape(str(damaged))} has ", out, re.MULTILINE)
+
+
 def test_a_clean_dataset_is_deeply_clean_and_a_repair_writes_nothing(cli, root) -> None:
     before = all_bytes(root)
     code, out, _ = cli("verify", root.path, "--deep", "--repair", "--json")

@@ -57,6 +57,19 @@ def test_the_command_trains_what_it_was_told_and_prints_it(cli, root, target, tm
     assert "12 steps over" in err
 
 
+@pytest.mark.parametrize(("there", "out", "says"), [
+    ("config.json", ".", "holds config.json of another model; give another folder"),
+    ("draft", "draft", "cannot be written: File exists; give another folder"),
+    ("draft", "draft/inside", "cannot be written: Not a directory; give another folder"),
+])
+def test_a_training_that_could_not_save_its_draft_does_not_begin(cli, root, target, tmp_path, there, out, says) -> None:
+    (tmp_path / there).write_text("mine")
+    code, _, err = cli("train", root, "--target", target, "--out", tmp_path / out, *LITTLE)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert says in err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(there, "mine")]
+
+
 def test_a_table_of_an_evaluation_has_every_domain_and_length(cli, root, target, tmp_path) -> None:
     cli("train", root, "--target", target, "--out", tmp_path, *LITTLE)
     code, out, err = cli("evaluate", root, "--draft", tmp_path, "--target", target, "--temperature", 1)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distill_pipe.consume.acceptance import Acceptance, heldout_acceptance
 from distill_pipe.consume.comparison import TailRule
-from distill_pipe.consume.drafts.checkpoint import DRAFTS, Arch, new_draft, save_draft
+from distill_pipe.consume.drafts.checkpoint import DRAFTS, Arch, claim_folder, new_draft, save_draft
 from distill_pipe.consume.drafts.draft import POSITIONS, Draft
 from distill_pipe.consume.drafts.target_files import read_config, read_tables
 from distill_pipe.consume.exact import final_norm
@@ -113,7 +113,8 @@ def train(root: str | os.PathLike[str], target_folder: str | os.PathLike[str],
         on_step: called after each optimiser step.
 
     Raises:
-        UsageError: the target is not the dataset's, a state it needs is not stored, or there are too few traces.
+        UsageError: the target is not the dataset's, a state it needs is not stored, there are too few traces, or `out`
+            cannot be written or holds another model.
         MismatchError: `out` holds a training with other settings.
         DamageError: a shard is missing or damaged.
     """
@@ -122,6 +123,8 @@ def train(root: str | os.PathLike[str], target_folder: str | os.PathLike[str],
         raise UsageError("a training can be saved on the way only with a folder for the draft (--out)")
     folder = None if out is None else Path(out)
     writes = group is None or dist.get_rank(group) == 0
+    if folder and writes:
+        claim_folder(folder)
     run = require_run(open_root(root))
     draft = _new_draft(root, run, Path(target_folder), settings).to(device)
     training = _Training(draft, _reader(root, draft.layers, settings, "train", group),

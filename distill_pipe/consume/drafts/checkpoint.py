@@ -12,6 +12,7 @@ trained are written as bfloat16 where that loses nothing. An EAGLE-3 draft leave
 from the target; loading it here takes the target's folder as well.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,7 +32,7 @@ from distill_pipe.errors import DamageError, UsageError
 Arch = Literal["eagle3", "medusa", "mlp_speculator", "mtp"]
 DRAFTS: dict[Arch, type[Draft]] = {"eagle3": Eagle3Draft, "medusa": MedusaDraft, "mlp_speculator": MlpSpeculatorDraft,
                                    "mtp": MtpDraft}
-WEIGHTS, RECORD = "model.safetensors", "draft.json"
+WEIGHTS, CONFIG, RECORD = "model.safetensors", "config.json", "draft.json"
 _TABLES = ("d2t", "t2d", "token_map")
 
 
@@ -57,10 +58,26 @@ def save_draft(draft: Draft, folder: Path, *, target: str, holdout_every: int) -
                for name, weight in draft.state_dict().items() if name not in draft.unsaved}
     save_file(weights | _vocabulary_tables(draft), folder / WEIGHTS, metadata={"format": "pt"})
     config = draft.engine_config() | {"dtype": "float32"}
-    (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     record = DraftRecord(arch=_arch(draft), layers=draft.layers, positions=draft.positions, config=draft.config,
                          target=target, holdout_every=holdout_every)
     (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+
+
+def claim_folder(folder: Path) -> None:
+    """See that a draft can be saved there, before hours go into it, and that nothing else is written over.
+
+    Raises:
+        UsageError: it cannot be written, or holds a model that is no draft of ours.
+    """
+    if not (folder / RECORD).exists() and (taken := [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]):
+        raise UsageError(f"{folder} holds {' and '.join(taken)} of another model; give another folder (--out)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}; give another folder (--out)") from error
 
 
 def read_record(folder: Path) -> DraftRecord:
