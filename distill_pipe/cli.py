@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `status` and `verify` work without an engine or torch installed.
 """
 
+import errno
 import sys
 import traceback
 from types import TracebackType
@@ -24,6 +25,7 @@ from distill_pipe.report_commands import report
 from distill_pipe.report_tables import print_statistics, print_trace, say, visible
 from distill_pipe.run_commands import STOP, generate, retry_quarantine
 from distill_pipe.status_commands import status
+from distill_pipe.store.disk import storage_failures
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.root import open_root
 from distill_pipe.store_commands import doctor, gc, selftest, verify
@@ -31,6 +33,8 @@ from distill_pipe.targets_commands import targets
 from distill_pipe.token_text import token_decoder
 from distill_pipe.train_commands import bench_draft, evaluate, train
 
+# What a file system answers to a path that this user cannot use.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -106,12 +110,15 @@ def main() -> None:
     sys.excepthook = _print_bug
     STOP.install()
     try:
-        app()
+        with storage_failures("disk"):
+            app()
     except DistillPipeError as error:
         say(f"error: {redacted(str(error))}")
         sys.exit(error.exit_code)
-    except PermissionError as error:
-        say(f"error: {error.filename}: {error.strerror}; choose another folder, or change its permissions")
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        say(f"error: {error.filename}: {error.strerror}; choose another place, or change its permissions")
         sys.exit(UsageError.exit_code)
 
 

@@ -10,6 +10,7 @@ import typer
 from distill_pipe.errors import UsageError
 from distill_pipe.options import Json, Root
 from distill_pipe.report_tables import say
+from distill_pipe.store.disk import storage_failures
 from distill_pipe.store.manifest import require_run
 from distill_pipe.store.root import open_root
 from distill_pipe.token_text import token_decoder
@@ -31,8 +32,9 @@ def report(
     facts = collect(store, token_decoder(tokenizer or require_run(store).spec.target.name), traces)
     page = render(facts)
     try:
-        html.write_text(page, encoding="utf-8")
-    except OSError as error:
+        with storage_failures(str(html)):
+            html.write_text(page, encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UsageError(f"--html {html}: {error.strerror}; give a file in a folder that exists") from None
     say(f"{html}: {len(page.encode()) / 1000:,.0f} kB, {len(facts.viewed)} traces; open it in a browser")
     if as_json:

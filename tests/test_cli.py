@@ -4,6 +4,7 @@ disk, and the facts it prints. Bad input is tried in this process; what needs th
 
 import json
 import os
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_a_bad_corpus_is_named_by_line_and_leaves_the_disk_untouched(cli, tmp_pa
 
 @pytest.mark.parametrize(("options", "says"), [
     (["--corpus", "nowhere.jsonl"], "there is no such file"),
+    (["--corpus", "/"], "this is a folder; give the files in it"),
     (["--target", "llama-9"], "unknown target 'llama-9': give one of "),
     (["--top-k", "49153"], "more than the 49152 tokens"),
     (["--top-k", "0"], "$.capture.top_k"),
@@ -82,6 +84,26 @@ def test_a_bad_option_gets_one_line_with_the_fix(cli, tmp_path, options, says) -
     assert says in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_no_file_system_takes_is_refused_in_one_line(cli, tmp_path) -> None:
+    long = tmp_path / f"{'a' * 300}.jsonl"
+    for line in (("status", long), ("prepare", corpus(tmp_path), "--out", long)):
+        code, out, err = cli(*line)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert "File name too long; choose another place" in err
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(cli, tmp_path) -> None:
+    long, limit = corpus(tmp_path, '{"prompt": "hello"}\n' * 20_000), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        code, out, err = cli("prepare", long, "--out", tmp_path / "prepared.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (code, out, len(err.splitlines())) == (5, "", 1)
+    assert "free some room, then run the same command again" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
 def test_an_output_folder_with_other_things_in_it_is_refused_and_left_alone(cli, tmp_path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill_pipe.consume.acceptance import Acceptance
 from distill_pipe.errors import MismatchError
+from distill_pipe.store.disk import storage_failures
 
 FILE = "training.safetensors"
 _KEY = "training"
@@ -41,18 +42,22 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def save_training(folder: Path, saved: Saved, weights: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> None:
-    """Replace the saved training. A crash leaves the one before."""
-    from safetensors.torch import save_file
+    """Replace the saved training. A crash, or a full disk (StorageFullError), leaves the one before."""
+    from distill_pipe.consume.tensor_file import save_tensors
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"weight.{name}": weight.detach().contiguous() for name, weight in weights.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in state.items()}
     scratch = folder / f".{FILE}.{os.getpid()}"
-    save_file(tensors, scratch, metadata={_KEY: msgspec.json.encode(saved).decode()})
-    with open(scratch, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, folder / FILE)
+    try:
+        with storage_failures(str(folder)):
+            save_tensors(scratch, tensors, {_KEY: msgspec.json.encode(saved).decode()})
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(scratch, folder / FILE)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def restore_training(folder: Path, identity: str, weights: Mapping[str, Tensor],

@@ -90,7 +90,7 @@ def _records(source: Source) -> Iterator[tuple[str, Record]]:
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{where}: this line is not JSON ({error})") from None
             if not isinstance(record, dict):
-                raise UsageError(f"{where}: this line is JSON but not an object")
+                raise UsageError(f"{where}: this line is JSON but not an object; a corpus has one object per line")
             yield where, record
 
 

@@ -53,6 +53,8 @@ def find_sources(address: str) -> list[Source]:
     if "://" in address:
         return [_checked(_Object(address))]
     path = Path(address)
+    if path.is_dir():
+        raise UsageError(f"corpus {path}: this is a folder; give the files in it, with --corpus for each")
     if not path.is_file():
         raise UsageError(f"corpus {path}: there is no such file")
     if path.stat().st_size == 0:

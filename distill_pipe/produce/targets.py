@@ -161,7 +161,10 @@ def _hub_facts(preset: Preset, revision: str | None) -> tuple[Path, str]:
     try:
         folder = Path(snapshot_download(preset.model, revision=revision, allow_patterns=list(_FACTS),
                                         local_files_only=not _reachable(preset.model, revision)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError:
+        raise UsageError(f"target {preset.model} cannot be had from the model hub: it cannot be reached from here, and "
+                         "its cache does not hold this model; give a local folder") from None
+    except (HfHubHTTPError, OSError) as error:
         reason, access = str(error).splitlines()[0], f" ({preset.access})" if preset.access else ""
         raise UsageError(f"target {preset.model} cannot be had from the model hub{access}: {reason}") from None
     return folder, folder.name

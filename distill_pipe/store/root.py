@@ -143,6 +143,7 @@ class LocalRoot:
 
         Raises:
             DamageError: it is larger than any record of ours.
+            OSError: it may not be read, which says nothing about what it holds.
         """
         try:
             with open(self.local(name), "rb") as file:
@@ -150,6 +151,8 @@ class LocalRoot:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+                raise
             raise DamageError(f"{self.local(name)} cannot be read: {error.strerror}") from error
         if len(data) > MAX_RECORD_BYTES:
             raise DamageError(f"{self.local(name)} has more than {MAX_RECORD_BYTES} bytes; no record is that large")

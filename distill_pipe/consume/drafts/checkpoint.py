@@ -28,6 +28,7 @@ from distill_pipe.consume.drafts.mtp import MtpDraft
 from distill_pipe.consume.drafts.target_files import DraftConfig
 from distill_pipe.consume.vocabulary import DraftVocabulary
 from distill_pipe.errors import DamageError, UsageError
+from distill_pipe.store.disk import storage_failures
 
 Arch = Literal["eagle3", "medusa", "mlp_speculator", "mtp"]
 DRAFTS: dict[Arch, type[Draft]] = {"eagle3": Eagle3Draft, "medusa": MedusaDraft, "mlp_speculator": MlpSpeculatorDraft,
@@ -49,19 +50,20 @@ class DraftRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def save_draft(draft: Draft, folder: Path, *, target: str, holdout_every: int) -> None:
     """Write a draft. `target` names the target it belongs to; every `holdout_every`-th trace was not trained on."""
-    from safetensors.torch import save_file
+    from distill_pipe.consume.tensor_file import save_tensors
 
-    folder.mkdir(parents=True, exist_ok=True)
     trained = {name for name, weight in draft.named_parameters() if weight.requires_grad}
     # Cloned: a table that several names share would be refused.
     weights = {name: _compact(weight.detach().cpu().clone(), name in trained)
                for name, weight in draft.state_dict().items() if name not in draft.unsaved}
-    save_file(weights | _vocabulary_tables(draft), folder / WEIGHTS, metadata={"format": "pt"})
     config = draft.engine_config() | {"dtype": "float32"}
-    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     record = DraftRecord(arch=_arch(draft), layers=draft.layers, positions=draft.positions, config=draft.config,
                          target=target, holdout_every=holdout_every)
-    (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+    with storage_failures(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / WEIGHTS, weights | _vocabulary_tables(draft), {"format": "pt"})
+        (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+        (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
 
 
 def claim_folder(folder: Path) -> None:

@@ -35,11 +35,12 @@ from distill_pipe.consume.exporters.automodel_cache import (
     write_manifest,
 )
 from distill_pipe.consume.exporters.draft_vocabulary import chosen_vocabulary
-from distill_pipe.consume.exporters.files import save_tensors, whole_file
+from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Address, ExportOptions, Layout, aux_layers, head_entries
 from distill_pipe.consume.exporters.record import Record, Sample, at_positions, padded
 from distill_pipe.consume.sparse import PADDING
+from distill_pipe.consume.tensor_file import save_tensors
 from distill_pipe.consume.vocabulary import DraftVocabulary
 from distill_pipe.errors import UsageError
 from distill_pipe.store.manifest import Run

@@ -5,16 +5,12 @@ tensors only: `torch.load(..., weights_only=True)` reads them. What `distill-pip
 """
 
 import os
-import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from distill_pipe.consume.exporters.record import Sample
 
@@ -41,16 +37,6 @@ def save_pickle(path: Path, sample: Sample) -> None:
     # To a file of Python's, whose failures are OSErrors; torch's own become a RuntimeError.
     with open(path, "wb") as file:
         torch.save({name: tensor.clone() for name, tensor in sample.items()}, file)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file; its failures are OSErrors, like those of all other files here."""
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        if code := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-        raise
 
 
 def numbered_file(number: int, per_folder: int, suffix: str) -> str:
