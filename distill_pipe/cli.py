@@ -34,7 +34,7 @@ from distill_pipe.token_text import token_decoder
 from distill_pipe.train_commands import bench_draft, evaluate, train
 
 # What a file system answers to a path that this user cannot use.
-_REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 

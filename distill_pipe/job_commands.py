@@ -27,7 +27,8 @@ def submit(
     from distill_pipe.produce.job_server import JobServer
     from distill_pipe.produce.submission import read_submission
 
-    done = JobServer(address).submit(read_submission(job, set_ or ()))
+    described = read_submission(job, set_ or ())
+    done = JobServer(address).submit(described)
     if as_json:
         print_facts(done, as_json)
         return

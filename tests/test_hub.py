@@ -155,11 +155,13 @@ def test_failures_that_pass_are_waited_out_and_nothing_is_committed_twice(hub: H
     assert len(hub.repos[REPO].messages) == 3
 
 
-def test_a_hub_that_keeps_failing_ends_the_push(hub: Hub, dataset: Path, no_waiting) -> None:
+def test_a_hub_that_keeps_failing_ends_the_push_and_is_not_waited_for_in_silence(hub: Hub, dataset: Path, no_waiting,
+                                                                                 caplog) -> None:
     hub.faults = [Fault("POST", "/commit/", 500, times=1000)]
     with pytest.raises(StoreError, match="the same command goes on where this one stopped"):
         pushed(dataset)
     assert hub.faults[0].times == 1000 - len(WAITS) - 1
+    assert [r.getMessage().endswith("trying again for up to 615 s") for r in caplog.records] == [True]
 
 
 def test_a_push_that_is_killed_again_and_again_ends_with_the_same_tree_and_uploads_nothing_twice(
@@ -266,6 +268,7 @@ def test_names_that_lead_out_of_the_dataset_are_not_fetched(hub: Hub, dataset: P
 @pytest.mark.parametrize(("args", "code", "says"), [
     (("pull", "someone/nothing", "{}/back"), 6, "hf auth login"),
     (("pull", "not a name", "{}/back"), 2, "write owner/name"),
+    (("pull", "name", "{}/back"), 2, "write owner/name"),
     (("pull", REPO, "{}"), 2, "is not empty and is not a distill-pipe dataset"),
     (("push", "{}", REPO), 4, "it has no run.json"),
 ])

@@ -68,6 +68,14 @@ def test_verify_shows_the_whole_name_of_what_is_damaged(cli, tmp_path, monkeypat
         assert re.search(rf"^ +problems +{re.escape(str(damaged))} has ", out, re.MULTILINE)
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_before_it_is_tried_out(cli, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, out, err = cli("selftest", "--output", tmp_path / "file")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: .*/file/.tmp.*: Not a directory; choose another place.*\n", err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_clean_dataset_is_deeply_clean_and_a_repair_writes_nothing(cli, root) -> None:
     before = all_bytes(root)
     code, out, _ = cli("verify", root.path, "--deep", "--repair", "--json")

@@ -6,6 +6,8 @@ listing per failure.
 """
 
 import hashlib
+import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +31,10 @@ _HTTP: Final[tuple[type[BaseException], ...]] = tuple(
     kind for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
 # The last two are what the client makes of failed uploads and downloads; the cause is one of the first.
 _FAILURES: Final[tuple[type[BaseException], ...]] = (*_HTTP, RuntimeError, LocalEntryNotFoundError)
+# Nobody is kept in the dark for longer than the waits before this one.
+_TOLD_AT: Final = 2
 _PREFIX: Final = "hf://datasets/"
+_log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
@@ -60,18 +65,24 @@ class Outgoing:
 
 
 class Repository:
-    """A dataset repository, `owner/name`."""
+    """A dataset repository, `owner/name`.
+
+    Raises:
+        UsageError: the name is none.
+    """
 
     def __init__(self, name: str) -> None:
         disable_progress_bars()
         self.name = name.removeprefix(_PREFIX)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) is None:
+            raise UsageError(f"{name!r} is not a repository: write owner/name")
         self._api = HfApi(library_name="distill-pipe")
 
     def create(self, *, private: bool) -> None:
         """Make the repository unless it is there.
 
         Raises:
-            UsageError: the name is none.
+            UsageError: the Hub refuses the name.
             StoreAccessError: the Hub does not let this user write there.
         """
         self._tried(lambda: self._api.create_repo(self.name, repo_type="dataset", private=private, exist_ok=True))
@@ -122,7 +133,7 @@ class Repository:
 
     def _tried(self, ask: Callable[[], Answer]) -> Answer:
         """The answer, after as many tries as it takes; failures that will not pass are raised at once."""
-        for wait in (*WAITS, None):
+        for tried, wait in enumerate((*WAITS, None)):
             try:
                 return ask()
             except HFValidationError as error:
@@ -134,13 +145,15 @@ class Repository:
                 status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
                 if wait is None or not (status is None or status in _PASSING or status >= 500):
                     raise self._plain(failure, status) from error
+                if tried == _TOLD_AT:
+                    _log.warning("%s: %s; trying again for up to %.0f s", self.name, _said(failure), sum(WAITS[tried:]))
             except ValueError as error:
                 raise UsageError(f"{self.name}: {' '.join(str(error).split())}") from error
             time.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
     def _plain(self, failure: BaseException, status: int | None) -> DistillPipeError:
-        said = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+        said = _said(failure)
         # A repository that this user may not see is said not to be there.
         if status in (401, 403, 404):
             return StoreAccessError(f"{self.name}: {said} Check the name; then log in with `hf auth login`, or set "
@@ -148,6 +161,10 @@ class Repository:
         if status is not None and status < 500 and status not in _PASSING:
             return UsageError(f"{self.name}: the Hub refused: {said}")
         return StoreError(f"{self.name}: the Hub kept failing: {said}; the same command goes on where this one stopped")
+
+
+def _said(failure: BaseException) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0]
 
 
 def content_of(path: Path) -> Content:

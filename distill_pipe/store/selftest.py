@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -49,10 +50,12 @@ def selftest(root: Root) -> SelfTest:
 
     Raises:
         UsageError, StoreAccessError, StoreError: it cannot be reached at all.
+        OSError: nothing can be written there.
     """
     folder = f"{SCRATCH}/selftest-{uuid.uuid4().hex}"
-    # The first request tells a wrong address or key from a store that breaks its promises.
+    # The first requests tell a wrong address or key from a store that breaks its promises.
     root.size(f"{folder}/none")
+    root.publish_bytes(b"", f"{folder}/first")
     tried: list[tuple[str, bool, Callable[[Root, str], str | None]]] = [
         ("what was written is read back", True, _reads_back),
         ("create refuses what is there", True, _creates_once),
@@ -122,20 +125,14 @@ def _creates_once(root: Root, folder: str) -> None:
 
 def _has_one_winner(root: Root, folder: str) -> str:
     for i in range(_RACES):
-        won: list[int] = []
         start = threading.Barrier(_RACERS)
 
-        def race(racer: int, name: str = f"{folder}/race-{i}", won: list[int] = won,
-                 start: threading.Barrier = start) -> None:
+        def race(racer: int, name: str = f"{folder}/race-{i}", start: threading.Barrier = start) -> bool:
             start.wait()
-            if root.create_bytes(b"%d" % racer, name):
-                won.append(racer)
+            return root.create_bytes(b"%d" % racer, name)
 
-        racers = [threading.Thread(target=race, args=(racer,)) for racer in range(_RACERS)]
-        for thread in racers:
-            thread.start()
-        for thread in racers:
-            thread.join()
+        with ThreadPoolExecutor(_RACERS) as racers:
+            won = [racer for racer, made in enumerate(racers.map(race, range(_RACERS))) if made]
         _require(len(won) == 1, f"{len(won)} of {_RACERS} won in round {i + 1}")
         _require(root.read(f"{folder}/race-{i}") == b"%d" % won[0], "the winner's bytes are not there")
     return f"{_RACES} rounds"
