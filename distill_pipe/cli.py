@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `status` and `verify` work
 """
 
 import errno
+import io
 import sys
 import traceback
 from types import TracebackType
@@ -108,6 +109,9 @@ def main() -> None:
     """The console script: failures of ours end in one message and their exit code. What is printed of any failure may
     quote secrets, which are taken out."""
     sys.excepthook = _print_bug
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Text of a corpus or a target may hold what this terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     STOP.install()
     try:
         with storage_failures("disk"):

@@ -4,8 +4,10 @@ disk, and the facts it prints. Bad input is tried in this process; what needs th
 
 import json
 import os
+import re
 import resource
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -157,6 +159,13 @@ def test_an_adaptive_head_is_an_option_of_its_own(cli, tmp_path) -> None:
 
 def test_the_version_is_an_option(cli) -> None:
     assert cli("--version") == (0, f"distill-pipe {__version__}\n", "")
+
+
+def test_what_a_terminal_has_no_characters_for_is_escaped() -> None:
+    golden = Path(__file__).parent / "golden" / "v1" / "dataset"
+    done = subprocess.run([sys.executable, "-m", "distill_pipe.cli", "status", golden], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=True)
+    assert re.search(r"target +tiny/ziel-\\xe9\s", done.stdout)
 
 
 def test_commands_on_a_folder_that_is_no_dataset_say_so(cli, tmp_path) -> None:

@@ -174,7 +174,7 @@ def test_missing_empty_and_folder_corpora_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder.jsonl").mkdir()
     for name, text in (("gone.jsonl", "there is no such file"), ("empty.jsonl", "the file is empty"),
-                       ("folder.jsonl", "there is no such file")):
+                       ("folder.jsonl", "this is a folder; give the files in it")):
         with pytest.raises(UsageError, match=f"{name}: {text}"):
             corpus_files([tmp_path / name])
 

@@ -30,6 +30,7 @@ from distill_pipe.produce.driver import (
 )
 from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.journal import Journal, Meters
+from distill_pipe.produce.ray_address import require_answer
 from distill_pipe.produce.replica import EnginePlan, Place, Replica
 from distill_pipe.produce.schedule import Failure, Limits, Schedule, Work, shards_in_flight
 from distill_pipe.produce.worker import Progress
@@ -198,7 +199,9 @@ def _start_ray(ray: Any, plan: ClusterPlan) -> None:
     # Ray's coming default for actors without an accelerator; left unset, it prints a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local: dict[str, Any] = {}
-    if plan.address is None:
+    if plan.address is not None:
+        require_answer(plan.address)
+    else:
         local = {"num_cpus": max(plan.workers, os.cpu_count() or 1), "include_dashboard": False,
                  "object_store_memory": _OBJECT_STORE_BYTES}
     handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
