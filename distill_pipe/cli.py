@@ -36,6 +36,10 @@ from distill_pipe.train_commands import bench_draft, evaluate, train
 
 # What a file system answers to a path that this user cannot use.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# What brings the packages that not every command needs.
+_ENGINE = "'distill-pipe[cuda]', or 'distill-pipe[cpu]' where there is no GPU"
+_EXTRAS = {"torch": "'distill-pipe[train]'", "safetensors": "'distill-pipe[train]'",
+           "transformers": "'distill-pipe[audit]'", "ray": _ENGINE, "vllm": _ENGINE}
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -119,6 +123,11 @@ def main() -> None:
     except DistillPipeError as error:
         say(f"error: {redacted(str(error))}")
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        say(f"error: this needs {error.name}, which is not installed: pip install {_EXTRAS[error.name]}")
+        sys.exit(UsageError.exit_code)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise

@@ -161,6 +161,42 @@ def test_the_version_is_an_option(cli) -> None:
     assert cli("--version") == (0, f"distill-pipe {__version__}\n", "")
 
 
+WITHOUT = """
+import sys
+sys.modules |= dict.fromkeys(sys.argv[1].split(","))
+sys.argv[:2] = ["distill-pipe"]
+from distill_pipe.cli import main
+main()
+"""
+
+
+def without(packages: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """`distill-pipe` where some packages are not installed."""
+    return subprocess.run([sys.executable, "-c", WITHOUT, packages, *map(str, args)], capture_output=True, text=True,
+                          check=False)
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (("train", "{}"), "this needs torch, which is not installed: pip install 'distill-pipe[train]'"),
+    (("export", "{}", "--to", "axolotl", "--out", "{}/out"), "pip install 'distill-pipe[train]'"),
+    (("generate", "--target", "fake", "--corpus", "{}/corpus.jsonl", "--out", "{}/out"),
+     "this needs ray, which is not installed: pip install 'distill-pipe[cuda]', or 'distill-pipe[cpu]' where there"),
+])
+def test_a_command_whose_packages_are_not_installed_says_how_to_get_them(tmp_path, args, says) -> None:
+    corpus(tmp_path)
+    done = without("torch,ray,vllm,transformers", *(arg.format(tmp_path) for arg in args))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_needs_neither_torch_nor_an_engine_nor_a_tokenizer(tmp_path) -> None:
+    done = without("torch,ray,vllm,transformers,tokenizers,safetensors", "plan", "--target", "deepseek-v3", "--gpus",
+                   "8xH200", "--corpus", corpus(tmp_path), "--layers", "3+last", "--hidden-codec", "q6")
+    assert done.returncode == 0, done.stderr
+    assert "hours for the run" in done.stdout
+
+
 def test_what_a_terminal_has_no_characters_for_is_escaped() -> None:
     golden = Path(__file__).parent / "golden" / "v1" / "dataset"
     done = subprocess.run([sys.executable, "-m", "distill_pipe.cli", "status", golden], capture_output=True, text=True,
