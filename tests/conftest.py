@@ -19,8 +19,8 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"127.0.0.1,localhost,{os.envi
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
     os.environ.pop(_name, None)
 
-# The table of faults, and the S3 server that some of them need.
-pytest_plugins = ["faults.table", "faults.seaweed"]
+# The table of faults, and the servers that some of them need.
+pytest_plugins = ["faults.table", "faults.seaweed", "faults.azurite", "faults.fake_gcs"]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,4 +1,5 @@
-"""The promises of a root, held by the local disk, by an object store in memory and by a real S3 server alike.
+"""The promises of a root, held by the local disk, by an object store in memory and by a real S3 server alike; and, in
+`make faults`, by servers of Azure's and Google's kind.
 
 Catches a place where a second `create` writes over the first, where a missing file is an error or an error a missing
 file, where scratch stays behind, and where a dataset that is whole on one kind of root is not on another.
@@ -30,7 +31,7 @@ from distill_pipe.store.selftest import require_exclusive_create
 from distill_pipe.store.status import status
 from distill_pipe.store.verify import verify
 
-PLACES = ("local", "memory", "s3")
+PLACES = ("local", "memory", "s3", *(pytest.param(cloud, marks=pytest.mark.faults) for cloud in ("az", "gs")))
 PROMPTS = 10
 
 
@@ -45,7 +46,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     elif request.param == "memory":
         yield f"memory://{uuid.uuid4().hex}"
     else:
-        yield request.getfixturevalue("s3_folder")
+        yield request.getfixturevalue(f"{request.param}_folder")
     assert list(scratch.iterdir()) == []
 
 

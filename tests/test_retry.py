@@ -22,7 +22,8 @@ from distill_pipe.store.uploads import MOST, UploadGate
 
 def answer(status: str, code: str = "") -> GenericError:
     """An error as the library words it."""
-    body = f": <Error><Code>{code}</Code><Message>The words of the store.</Message></Error>" if code else ""
+    words = "The words of the store.\nRequestId:0123456789"
+    body = f": <Error><Code>{code}</Code><Message>{words}</Message></Error>" if code else ""
     return GenericError("Generic S3 error: Error performing PUT http://host/b/x?X-Amz-Signature=0123456789 in 3ms - "
                         f"Server returned non-2xx status code: {status}{body}\n\n"
                         "Debug source:\nGeneric { status: 503, SlowDown }")
@@ -79,6 +80,17 @@ def test_what_cannot_pass_ends_at_once_in_one_line(error: Exception, kind: type[
     assert text in str(caught.value)
     for absent in ("\n", "0123456789", "Debug"):
         assert absent not in str(caught.value)
+
+
+@pytest.mark.parametrize(("address", "name"), [("s3://b/x", "AWS_"), ("gs://b/x", "GOOGLE_"), ("az://c/x", "AZURE_")])
+@pytest.mark.parametrize("failure", [answer("404 Not Found", "NoSuchBucket"), answer("403 Forbidden", "AccessDenied")])
+def test_advice_names_the_settings_of_the_store_that_was_asked(address: str, name: str, failure: Exception) -> None:
+    def call() -> None:
+        raise failure
+
+    with pytest.raises(DistillPipeError) as caught:
+        patiently(call, address, 60)
+    assert [vendor for vendor in ("AWS_", "GOOGLE_", "AZURE_") if vendor in str(caught.value)] == [name]
 
 
 def test_patience_ends_with_its_time(no_pause: None) -> None:

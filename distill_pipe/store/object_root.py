@@ -5,8 +5,9 @@ at before it is believed: an answer can be lost after the object was stored, and
 Scratch is a local temporary folder, and a file is read from a copy in one. The trade-off: that copy costs room for one
 file per reader, and buys that readers of Parquet see local files, whole and of the recorded size.
 
-Settings come from the environment, as for the vendors' own tools: AWS_ENDPOINT_URL, AWS_REGION, AWS_ALLOW_HTTP,
-GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME and so on. `memory://` lives and dies with the process.
+Settings come from the environment, as for the vendors' own tools: AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_SERVICE_ACCOUNT,
+AZURE_STORAGE_ACCOUNT_NAME and so on; AWS_, GOOGLE_ or AZURE_ALLOW_HTTP lets requests go without TLS. `memory://` lives
+and dies with the process.
 """
 
 import os
@@ -268,7 +269,7 @@ def _opened(uri: str, retries: int) -> ObjectStore:
     if "?" in uri or "#" in uri or ("@" in uri and not uri.startswith("abfs")):
         raise UsageError("an address has no ?, # or @ in it; credentials and settings come from the environment")
     options: dict[str, Any] = {
-        "client_options": {"timeout": _REQUEST_TIMEOUT, "allow_http": _is_set("AWS_ALLOW_HTTP")},
+        "client_options": {"timeout": _REQUEST_TIMEOUT, "allow_http": _allows_http(uri)},
         "retry_config": {"max_retries": retries, "retry_timeout": timedelta(minutes=4)}}
     if uri.startswith("s3:") and "AWS_CHECKSUM_ALGORITHM" not in os.environ:
         # The store then refuses a body that was changed on its way.
@@ -276,5 +277,6 @@ def _opened(uri: str, retries: int) -> ObjectStore:
     return patiently(lambda: from_url(uri, **options), uri, 0)
 
 
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+def _allows_http(uri: str) -> bool:
+    vendor = {"s": "AWS", "g": "GOOGLE"}.get(uri[0], "AZURE")
+    return os.environ.get(f"{vendor}_ALLOW_HTTP", "").lower() in ("1", "true", "yes")

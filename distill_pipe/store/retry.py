@@ -39,6 +39,15 @@ _CLASSES: Final[dict[Class, tuple[str, ...]]] = {
     "passing": ("RequestTimeout", "BadDigest", "ContentSHA256Mismatch", "OperationAborted", r"code: 5\d\d",
                 r"code: 40[89]", "HTTP error", "response body", "timed out", "[Cc]onnection"),
 }
+_WITHOUT_TLS: Final = "_ALLOW_HTTP=true for one without TLS)"
+# What a user sets to say where a store is, and who asks; by the first letter of the address's scheme.
+_SETTINGS: Final = {
+    "s": (f"the bucket's name, its region (AWS_REGION) and the endpoint (AWS_ENDPOINT_URL, with AWS{_WITHOUT_TLS}",
+          "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "g": (f"the bucket's name, and the endpoint (GOOGLE_BASE_URL, with GOOGLE{_WITHOUT_TLS}",
+          "GOOGLE_SERVICE_ACCOUNT"),
+    "a": (f"the names of container and account and the endpoint (AZURE_STORAGE_ENDPOINT, with AZURE{_WITHOUT_TLS}",
+          "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY")}
 _log = logging.getLogger(__name__)
 
 
@@ -86,13 +95,12 @@ def _class_of(error: Exception) -> Class:
 
 def _explained(kind: Class, where: str, error: Exception, waited: float) -> DistillPipeError:
     short = _short(error)
+    place, credentials = _SETTINGS.get(where[0], _SETTINGS["s"])
     if kind == "usage":
-        return UsageError(f"{where}: {short}; check the bucket's name, its region (AWS_REGION) and the endpoint "
-                          "(AWS_ENDPOINT_URL, with AWS_ALLOW_HTTP=true for one without TLS)")
+        return UsageError(f"{where}: {short}; check {place}")
     if kind == "access":
         return StoreAccessError(f"{where}: {short}; give credentials that may read, write and list there "
-                                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of Google or Azure), then run "
-                                "the same command again")
+                                f"({credentials}), then run the same command again")
     if kind == "full":
         return StorageFullError(f"{where}: {short}; free some room or raise the quota, then run the same command again")
     after = f" after {waited:.0f} s" if waited > 1 else ""
@@ -104,7 +112,9 @@ def _short(error: Exception) -> str:
     text = _told(error)
     code, message = (re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message"))
     if code is not None:
-        return code[1] + (f" ({message[1].rstrip('.')})" if message is not None else "")
+        # Azure's words go on with lines for its own people.
+        lines = message[1].strip().splitlines() if message is not None else []
+        return code[1] + (f" ({lines[0].rstrip('.')})" if lines else "")
     if "169.254.169.254" in text or "metadata.google.internal" in text:
         return "there are no credentials"
     status = re.search(r"status code: (\d+ [\w -]*\w)", text)

@@ -36,7 +36,8 @@ class Head:
     @property
     def creates(self) -> bool:
         """A PUT that must not write over anything."""
-        return self.method == "PUT" and "if-none-match" in self.headers
+        return self.method == "PUT" and ("if-none-match" in self.headers
+                                         or self.headers.get("x-goog-if-generation-match") == "0")
 
 
 class Proxy:
