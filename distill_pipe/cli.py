@@ -26,7 +26,7 @@ from distill_pipe.report_commands import report
 from distill_pipe.report_tables import print_statistics, print_trace, say, visible
 from distill_pipe.run_commands import STOP, generate, retry_quarantine
 from distill_pipe.status_commands import status
-from distill_pipe.store.disk import storage_failures
+from distill_pipe.store.disk import shut_out_strangers, storage_failures
 from distill_pipe.store.inspect import inspect_trace
 from distill_pipe.store.root import open_root
 from distill_pipe.store_commands import doctor, gc, selftest, verify
@@ -117,6 +117,7 @@ def main() -> None:
         # Text of a corpus or a target may hold what this terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     STOP.install()
+    shut_out_strangers()
     try:
         with storage_failures("disk"):
             app()

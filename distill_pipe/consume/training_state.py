@@ -5,6 +5,7 @@ the same machine. The trade-off for one file without pickles: tensors are named 
 """
 
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def save_training(folder: Path, saved: Saved, weights: Mapping[str, Tensor], opt
     tensors = {f"weight.{name}": weight.detach().contiguous() for name, weight in weights.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in state.items()}
-    scratch = folder / f".{FILE}.{os.getpid()}"
+    scratch = folder / f".{FILE}.{uuid.uuid4().hex}"
     try:
         with storage_failures(str(folder)):
             save_tensors(scratch, tensors, {_KEY: msgspec.json.encode(saved).decode()})

@@ -5,7 +5,7 @@ gets. The file appears under its name only when it is whole. The trade-off: a se
 """
 
 import gzip
-import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,7 +91,8 @@ def _split(prompt: PlannedPrompt, responses: Responses) -> Iterator[PlannedPromp
 @contextmanager
 def _written(out: Path) -> Iterator[Path]:
     """A file beside `out` that takes its name when the body succeeds."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    # A name that cannot be guessed: in a shared folder a link may wait at one that can.
+    part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield part

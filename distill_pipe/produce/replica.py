@@ -19,6 +19,7 @@ from distill_pipe.produce.engine import EngineOptions
 from distill_pipe.produce.engines import start_engine, start_renderer
 from distill_pipe.produce.schedule import Work
 from distill_pipe.produce.worker import Progress, ShardWorker
+from distill_pipe.store.disk import shut_out_strangers
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.root import open_root
 
@@ -50,6 +51,7 @@ class Replica:
     """One engine and the shards given to it."""
 
     def __init__(self, plan: EnginePlan) -> None:
+        shut_out_strangers()
         self._plan = plan
         self._worker: ShardWorker | None = None
         self._calls, self._called = 0, time.monotonic()

@@ -1,8 +1,9 @@
 """What a local disk needs beyond Python's own calls: folders and names that survive a power cut, listings without a
-`stat` per file, and its failures as errors of ours."""
+`stat` per file, its failures as errors of ours, and whether strangers can reach into a folder."""
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,3 +68,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def shut_out_strangers() -> None:
+    """From now on nothing that this process makes can be changed by every user of the machine, whatever its umask was;
+    its group is another matter."""
+    os.umask(os.umask(0o022) | stat.S_IWOTH)
+
+
+def open_to_all(folder: Path) -> Path | None:
+    """The nearest folder, this one or above it, in which every user of the machine may rename what others have made;
+    None where there is none. The sticky bit, as on /tmp, forbids that."""
+    folder = folder.resolve()
+    for path in (folder, *folder.parents):
+        mode = path.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return path
+    return None

@@ -18,6 +18,7 @@ from typing import Final
 from msgspec import Struct
 
 from distill_pipe.errors import DistillPipeError, UsageError
+from distill_pipe.store.disk import open_to_all
 from distill_pipe.store.root import SCRATCH, LocalRoot, Root
 
 _RACES, _RACERS = 10, 4
@@ -63,6 +64,7 @@ def selftest(root: Root) -> SelfTest:
         ("a listing holds what was just written", True, _lists_at_once),
         ("what was written over is not seen again", True, _forgets_the_old),
         ("what was removed is gone", True, _removes),
+        ("strangers cannot change what is written", True, _keeps_strangers_out),
         ("throughput", False, _throughput),
         ("room", False, _room)]
     if isinstance(root, LocalRoot):
@@ -154,6 +156,13 @@ def _removes(root: Root, folder: str) -> None:
     root.publish_bytes(b"1", f"{folder}/gone")
     root.remove(f"{folder}/gone")
     _require(root.read(f"{folder}/gone") is None, "it can still be read")
+
+
+def _keeps_strangers_out(root: Root, folder: str) -> None:  # noqa: ARG001 - as the others
+    with root.scratch() as scratch:
+        found = open_to_all(scratch)
+    _require(found is None, f"every user of this machine may replace what is in {found}: chmod o-w it (or +t), or "
+                            "choose another place (TMPDIR, where the dataset is in an object store)")
 
 
 def _throughput(root: Root, folder: str) -> str:
