@@ -28,8 +28,10 @@ from distill_pipe.store import commit
 from distill_pipe.store.commit import (
     adopt_shard,
     commit_shard,
+    committed_flags,
     committed_shards,
     listed_shards,
+    restore_fragments,
     shard_fragment,
 )
 from distill_pipe.store.hidden_codec import encode_trace
@@ -331,3 +333,15 @@ def test_a_dataset_whose_writer_is_killed_again_and_again_is_completed_by_a_reru
         assert all(np.array_equal(found.hidden[n], wanted.hidden[n]) for n in wanted.hidden)
     assert {read_fragment(root, shard) is not None for shard in range(num_shards(run))} == {True}
     fault_row("F01 writer killed at random moments", KILLS, KILLS)
+
+
+def test_the_flags_of_a_run_are_those_of_its_own_shards(tmp_path: Path) -> None:
+    run, root = make_dataset(tmp_path, 10), LocalRoot(tmp_path)
+    root.remove(shard_name(1))
+    for name in (shard_name(7), "data/train/0000/notes.txt", f"{shard_name(1)}.part"):
+        root.publish_bytes(b"", name)
+    assert list(committed_flags(root, run)) == [1, 0, 1]
+    assert restore_fragments(root, run, (0, 2)) == 0
+    root.remove(fragment_name(2))
+    assert restore_fragments(root, run, (0, 2)) == 1
+    assert read_fragment(root, 2) is not None

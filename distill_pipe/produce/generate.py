@@ -24,7 +24,7 @@ from distill_pipe.produce.targets import Target, resolve_target
 from distill_pipe.produce.worker import Progress
 from distill_pipe.redact import redacted
 from distill_pipe.store.card import write_card
-from distill_pipe.store.commit import committed_shards, restore_fragments
+from distill_pipe.store.commit import committed_flags, restore_fragments
 from distill_pipe.store.manifest import (
     RUN,
     FileRef,
@@ -86,9 +86,9 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     for part in run.plan:
         check_file(root, part)
     write_card(root, run)
-    done = committed_shards(root)
-    restore_fragments(root, run, done)
-    left = num_shards(run) - len(done)
+    committed = committed_flags(root, run)
+    restore_fragments(root, run, (shard for shard, done in enumerate(committed) if done))
+    left = committed.count(0)
     on_start(run, left)
     if left == 0:
         return run
@@ -98,7 +98,7 @@ def generate(job: Job, on_start: Callable[[Run, int], None], on_progress: Callab
     watch = _Watch(root, run, job.max_failed_share, journal, on_progress)
     cluster = ClusterPlan(model=target.model, revision=target.revision, workers=engines, address=job.address,
                           engine=job.engine, limits=Limits(job.start_seconds, job.stall_seconds))
-    todo = (shard for shard in range(num_shards(run)) if shard not in done)
+    todo = (shard for shard, done in enumerate(committed) if not done)
     with _ended(journal):
         run_on_ray(cluster, run, root, todo, left, watch, journal, stopping)
     return run

@@ -31,7 +31,7 @@ from distill_pipe.store.manifest import (
     shard_name,
     sidecar_name,
 )
-from distill_pipe.store.plan import shard_range
+from distill_pipe.store.plan import num_shards, shard_range
 from distill_pipe.store.root import Root, sha256_of
 from distill_pipe.store.shard import (
     QuarantinedPrompt,
@@ -131,8 +131,8 @@ def require_place(path: Path, info: ShardInfo, run: Run, shard: int) -> None:
 def restore_fragments(root: Root, run: Run, shards: Iterable[int]) -> int:
     """Put back the fragments that committed shards lack, and return how many did. One listing, however many shards are
     whole; a fragment that is there is not read. Raises as `shard_fragment`."""
-    held = set(root.names(MANIFEST_FOLDER))
-    lost = [shard for shard in shards if fragment_name(shard) not in held]
+    held = _flags(run, map(_fragment_of, root.names(MANIFEST_FOLDER)))
+    lost = [shard for shard in shards if not held[shard]]
     for shard in lost:
         adopt_shard(root, run, shard)
     return len(lost)
@@ -141,6 +141,12 @@ def restore_fragments(root: Root, run: Run, shards: Iterable[int]) -> int:
 def committed_shards(root: Root) -> set[int]:
     """The shards whose commit has happened; one listing."""
     return set(listed_shards(root)[0])
+
+
+def committed_flags(root: Root, run: Run) -> bytearray:
+    """For each shard of a run, 1 where its commit has happened; one listing. A run holds this to its end, and as a set
+    ten million shards would take most of a gigabyte."""
+    return _flags(run, map(shard_of, root.names(DATA)))
 
 
 def listed_shards(root: Root) -> tuple[list[int], list[str]]:
@@ -159,6 +165,19 @@ def shard_of(name: str) -> int | None:
     """The number of the main shard that is committed at `name`; None for any other file."""
     digits = name.removesuffix(".parquet").rpartition("-")[2]
     return int(digits) if digits.isdecimal() and shard_name(int(digits)) == name else None
+
+
+def _fragment_of(name: str) -> int | None:
+    digits = name.removesuffix(".json").rpartition("/")[2]
+    return int(digits) if digits.isdecimal() and fragment_name(int(digits)) == name else None
+
+
+def _flags(run: Run, shards: Iterable[int | None]) -> bytearray:
+    flags = bytearray(num_shards(run))
+    for shard in shards:
+        if shard is not None and shard < len(flags):
+            flags[shard] = 1
+    return flags
 
 
 def _require_coverage(run: Run, shard: int, traces: Sequence[EncodedTrace],
