@@ -56,7 +56,7 @@ def selftest(root: Root) -> SelfTest:
     folder = f"{SCRATCH}/selftest-{uuid.uuid4().hex}"
     # The first requests tell a wrong address or key from a store that breaks its promises.
     root.size(f"{folder}/none")
-    root.publish_bytes(b"", f"{folder}/first")
+    root.publish_bytes(b"1", f"{folder}/first")
     tried: list[tuple[str, bool, Callable[[Root, str], str | None]]] = [
         ("what was written is read back", True, _reads_back),
         ("create refuses what is there", True, _creates_once),
