@@ -265,8 +265,17 @@ def test_what_cannot_be_trained_is_refused_with_a_reason(root: Path, target: Pat
         train(root, tmp_path)
 
 
-def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+def test_the_learning_rate_warms_up_and_comes_down_to_zero() -> None:
     assert [learning_rate_share(step, step / 1000, 100) for step in (50, 1000)] == pytest.approx([0.5, 0], abs=0.01)
     assert learning_rate_share(500, 0.5, 100) == pytest.approx(0.5)
     # A short training warms up for a tenth of itself.
     assert learning_rate_share(1, 0.05, 100) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("how", [{"steps": 1}, {"steps": 3}, {"steps": None, "epochs": 1, "batch_tokens": 10**7}])
+def test_the_last_step_still_trains_and_the_only_one_too(root: Path, target: Path, how: dict[str, object]) -> None:
+    seen: list[Step] = []
+    result = train(root, target, settings(**how), on_step=seen.append)
+    assert min(step.lr for step in seen) > 1e-4
+    assert seen[-1].progress == 1
+    assert result.after[0].alpha != result.before[0].alpha

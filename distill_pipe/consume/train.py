@@ -42,7 +42,6 @@ from distill_pipe.store.root import open_root
 # Of a training shorter than ten times the warm-up, a tenth warms up.
 _WARMUP_SHARE = 0.1
 
-
 LossOfBatch = Callable[[Batch], BatchLoss]
 Precision = Literal["float32", "bfloat16"]
 
@@ -194,21 +193,24 @@ class _Training:
         batches = self._reader.at_epoch(self.place.epoch).num_steps()
         for batch in self._reader:
             started, place = time.monotonic(), self.place
-            if self._settings.steps is not None:
-                progress = (place.step + 1) / self._settings.steps
-            else:
-                progress = (place.epoch + (place.batches + 1) / batches) / self._settings.epochs
-            lr = self._settings.lr * learning_rate_share(place.step + 1, progress, self._settings.warmup_steps)
+            middle = self._progress(place, batches, 0.5)
+            lr = self._settings.lr * learning_rate_share(place.step + 1, middle, self._settings.warmup_steps)
             found = self._step(batch.to(self._draft.device), lr)
             self.losses.append(found.loss.item())
             self.place = Place(step=place.step + 1, epoch=place.epoch, batches=place.batches + 1,
                                rows=place.rows + found.rows, seconds=place.seconds + time.monotonic() - started)
-            after_step(Step(step=self.place.step, progress=progress, rows=found.rows, loss=self.losses[-1], lr=lr,
-                            alphas=found.alphas))
+            after_step(Step(step=self.place.step, progress=self._progress(self.place, batches), rows=found.rows,
+                            loss=self.losses[-1], lr=lr, alphas=found.alphas))
             if self._done():
                 return
         self.place = msgspec.structs.replace(self.place, epoch=self.place.epoch + 1, batches=0)
         self._reader.set_epoch(self.place.epoch)
+
+    def _progress(self, place: Place, batches: int, ahead: float = 0.0) -> float:
+        """The share of the training that is done `ahead` steps after a place in an epoch of so many batches."""
+        if self._settings.steps is not None:
+            return (place.step + ahead) / self._settings.steps
+        return (place.epoch + (place.batches + ahead) / batches) / self._settings.epochs
 
     def _step(self, batch: Batch, lr: float) -> BatchLoss:
         for group in self.optimizer.param_groups:
@@ -236,7 +238,8 @@ def average_gradients(weights: list[Tensor], group: dist.ProcessGroup) -> None:
 
 def learning_rate_share(step: int, progress: float, warmup_steps: int) -> float:
     """The learning rate as a share of its peak: half a cosine from 1 to 0 over the whole training, below a line that
-    rises to 1 over the warm-up."""
+    rises to 1 over the warm-up. `progress` is that of the middle of the step, (i - 1/2) / n of step i of n: so the last
+    one still trains, the only one too, and the mean over all steps is that of the cosine."""
     return min(1.0, max(step / warmup_steps, progress / _WARMUP_SHARE)) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
