@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_drafts import TableDraft, TableTarget, write_target
 
 from distill_pipe.consume import DraftVocabulary
 from distill_pipe.consume.drafts.checkpoint import DRAFTS, new_draft
@@ -152,6 +153,54 @@ def test_tokens_that_are_taken_back_leave_no_trace(target) -> None:
     assert torch.allclose(again_TV, whole_TV[-2:], atol=1e-5)
     for layer in (1, 2, 3):
         assert torch.allclose(hidden[layer], whole[layer][-2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_tokens_are_taken_back_from_layers_with_a_sliding_window_too(window: int) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    config = MistralConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, sliding_window=window)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)
+    sliding = CachedTarget(model, (1, 2))
+    written, text = [1, 2, 3, 0, 2, 1], torch.randint(VOCAB, (20,)).tolist()
+    sliding.extend(written)
+    for token, wrong in itertools.pairwise(text):
+        kept_TV, hidden = sliding.extend([token, wrong, wrong, 0])
+        sliding.take_back(3)
+        written.append(token)
+        with torch.inference_mode():
+            whole_TV = model(input_ids=torch.tensor([written]), use_cache=False).logits[0]
+        assert torch.allclose(kept_TV[0], whole_TV[-1], atol=1e-4)
+    sliding.reset()
+    assert torch.allclose(sliding.extend(written)[1][2][-1], hidden[2][0], atol=1e-4)
+    # What has left the window matters: the model is one with windows.
+    with torch.inference_mode():
+        cut_TV = model(input_ids=torch.tensor([[0, *written[1:]]]), use_cache=False).logits[0]
+    assert torch.allclose(cut_TV[-1], whole_TV[-1], atol=1e-4)
+
+
+def test_a_target_that_cannot_take_tokens_back_is_refused() -> None:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                             num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_key_heads=1,
+                             linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
+                             num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+                             layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(UsageError, match="Qwen3NextForCausalLM has layers of linear attention"):
+        CachedTarget(Qwen3NextForCausalLM(config), (1,))
+
+
+def test_a_step_that_runs_past_the_last_token_wanted_counts_as_a_whole(tmp_path: Path) -> None:
+    copy = TableDraft(write_target(tmp_path))
+    for max_tokens, steps in ((2, 1), (5, 1), (6, 2), (9, 2)):
+        decoded = decode(TableTarget(), copy, [3, 1], Decoding(3, 1.0, max_tokens), torch.Generator().manual_seed(0))
+        assert (len(decoded.token_ids), decoded.accepted) == (max_tokens, (3,) * steps)
 
 
 def test_a_text_ends_at_a_stop_token_and_counts_nothing_behind_it(folder, target) -> None:

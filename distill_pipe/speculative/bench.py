@@ -1,7 +1,8 @@
 """`bench-draft`: tokens per step of the target, counted by really decoding with it.
 
-tau = accepted / steps + 1: what a step accepts, and the token that the target adds itself. Intervals come from a
-bootstrap over prompts. Speed is not measured here: the sampler is written to be read, not to be fast.
+tau = accepted / steps + 1: what a step accepts, and the token that the target adds itself. `Decoded` says what counts
+at the end of a text, and where vLLM's own counters differ. Intervals come from a bootstrap over prompts. Speed is not
+measured here: the sampler is written to be read, not to be fast.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -30,7 +30,12 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The tokens written, and how many drafted ones each step of the target accepted."""
+    """The tokens written, and how many drafted ones each step of the target accepted.
+
+    A last step that ran past `max_tokens` counts as a whole, though its tokens are cut off: where a text was to end is
+    no fault of the draft's, and vLLM's counters do the same. What was accepted behind a stop token does not count,
+    because the target's text ends there; vLLM's counters take that in too.
+    """
 
     token_ids: tuple[int, ...]
     accepted: tuple[int, ...]

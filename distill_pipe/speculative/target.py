@@ -37,13 +37,18 @@ class CachedTarget:
         layers: canonical layers whose states are wanted.
 
     Raises:
-        UsageError: the model is built in another way.
+        UsageError: the model is built in another way, or keeps a state from which no token can be taken back.
     """
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         from transformers import DynamicCache
 
+        # Without the model's config every layer keeps all tokens: one with a sliding window would let go of those that
+        # it needs again once later ones are taken back. What a layer sees is up to the model's masks.
         self._model, self._new_cache = model, DynamicCache
+        if any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model.config).layers):
+            raise UsageError(f"{type(model).__name__} has layers of linear attention, from whose state no token can be "
+                             "taken back; only targets of plain attention can be decoded with here")
         decoder = model.get_decoder()
         blocks, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
         if blocks is None or norm is None or max(layers) > len(blocks):
@@ -55,7 +60,7 @@ class CachedTarget:
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self._cache = self._new_cache(config=self._model.config)
+        self._cache = self._new_cache()
 
     @torch.inference_mode()
     def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
