@@ -138,13 +138,9 @@ def _ranks() -> Iterator["ProcessGroup | None"]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield None
         return
-    import torch.distributed as dist
-    import torch.distributed.nn.functional  # noqa: F401 - before the group exists: see `ranks.join_group`
+    from distill_pipe.consume.ranks import join_torchrun, leave_group
 
-    from distill_pipe.consume.ranks import leave_group
-
-    dist.init_process_group("gloo")
-    yield dist.group.WORLD
+    yield join_torchrun()
     # Only after a success: a rank that failed would wait for the others, which wait for it.
     leave_group()
 

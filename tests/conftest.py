@@ -2,6 +2,7 @@
 reach the tests."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     from processes import EnginesInOneProcess
 
     return EnginesInOneProcess(config, log)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call `distill-pipe` in this process: exit code, stdout, stderr."""
+    from distill_pipe.cli import main
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["distill-pipe", *map(str, args)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        captured = capsys.readouterr()
+        return int(done.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

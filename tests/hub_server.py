@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 PAGE = 7
@@ -45,6 +46,13 @@ class Repo:
         if revision == "main":
             return self.trees[-1]
         return self.trees[self.commits.index(revision)] if revision in self.commits else None
+
+    def add(self, tree: dict[str, str], message: str) -> str:
+        """A new commit with this tree."""
+        self.trees.append(tree)
+        self.messages.append(message)
+        self.commits.append(_git(json.dumps([len(self.trees), tree]).encode()))
+        return self.commits[-1]
 
 
 class Hub:
@@ -77,6 +85,12 @@ class Hub:
 
     def content(self, repo: str, name: str) -> bytes:
         return self.blobs[self.repos[repo].trees[-1][name]]
+
+    def hold(self, repo: str, folder: Path) -> str:
+        """Hold the files of a folder as the newest commit of a repository; says which commit that is."""
+        tree = {str(path.relative_to(folder)): self.keep(path.read_bytes()) for path in folder.rglob("*")
+                if path.is_file()}
+        return self.repos.setdefault(repo, Repo(private=False)).add(tree, str(folder))
 
     def keep(self, data: bytes) -> str:
         digest = hashlib.sha256(data).hexdigest()
@@ -304,11 +318,9 @@ class _Handler(BaseHTTPRequestHandler):
                 changed[value["path"]] = value["oid"]
         with self.hub.lock:
             held = self.hub.repos[repo]
-            held.trees.append(held.trees[-1] | changed)
-            held.commits.append(_git(f"{repo}{len(held.trees)}".encode()))
-            held.messages.append(lines[0]["value"]["summary"])
-        return 200, {"success": True, "commitOid": held.commits[-1],
-                     "commitUrl": f"{self.hub.url}/datasets/{repo}/commit/{held.commits[-1]}"}, {}
+            commit = held.add(held.trees[-1] | changed, lines[0]["value"]["summary"])
+        return 200, {"success": True, "commitOid": commit,
+                     "commitUrl": f"{self.hub.url}/datasets/{repo}/commit/{commit}"}, {}
 
     def _resolve(self, repo: str, revision: str, name: str) -> tuple[int, object, dict[str, str]]:
         held = self._repo(repo)

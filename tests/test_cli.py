@@ -8,7 +8,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,25 +16,8 @@ import pytest
 from runs import GENERATE, PROMPTS, command, prompt_records, stored_traces, write_corpus
 
 from distill_pipe import __version__
-from distill_pipe.cli import main
 from distill_pipe.store.root import LocalRoot
 from distill_pipe.store.verify import verify
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Call `distill-pipe` in this process: exit code, stdout, stderr."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["distill-pipe", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        captured = capsys.readouterr()
-        return int(done.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def corpus(tmp_path: Path, text: str = '{"prompt": "hello"}\n') -> Path:

@@ -1,31 +1,13 @@
 """`distill-pipe export` as its user meets it: facts on stdout, all else on stderr, and one line for a mistake."""
 
 import json
-from collections.abc import Callable
 
 import pytest
 from export_datasets import PROMPTS, normed_dataset
 from tiny_datasets import Shape
 
-from distill_pipe.cli import main
 from distill_pipe.consume.exporters import LAYOUTS
 from distill_pipe.export_commands import Trainers
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Call `distill-pipe` in this process: exit code, stdout, stderr."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["distill-pipe", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        captured = capsys.readouterr()
-        return int(done.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_every_layout_can_be_asked_for() -> None:

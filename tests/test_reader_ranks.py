@@ -5,8 +5,6 @@ The order itself is tested in `test_order`; here it is files, threads, processes
 
 import json
 import pickle
-import subprocess
-import sys
 import threading
 from collections import Counter
 from itertools import islice, zip_longest
@@ -20,6 +18,7 @@ import reading_rank
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_group import run_ranks
 from tiny_datasets import Shape, make_dataset
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -298,19 +297,8 @@ def test_a_failure_in_a_thread_is_the_callers_and_no_thread_is_left(tmp_path: Pa
 def test_ranks_that_are_more_than_shards_train_like_one_process_and_none_hangs(tmp_path: Path) -> None:
     make_dataset(tmp_path / "dataset", 14, Shape(prompts_per_shard=14))
     ranks = 2
-    command = [sys.executable, str(Path(reading_rank.__file__)), str(tmp_path / "dataset"), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank), str(ranks)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  text=True) for rank in range(ranks)]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    found = run_ranks(reading_rank.__file__, tmp_path, ranks, tmp_path / "dataset")
     alone = reading_rank.train_alone(tmp_path / "dataset", ranks)
-    found = [np.load(tmp_path / f"rank-{rank}.npz") for rank in range(ranks)]
     for arrays in found:
         np.testing.assert_allclose(arrays["losses"], alone["losses"], rtol=1e-4)
         np.testing.assert_allclose(arrays["weight"], alone["weight"], rtol=1e-4, atol=1e-6)

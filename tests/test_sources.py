@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_stand_in import COMMIT, Hub, serve
+from hub_server import Hub, hub_server
 from test_corpus import compressed, read, write
 
 from distill_pipe.errors import UsageError
@@ -25,7 +25,8 @@ RECORDS = [{"id": f"r{i}", "prompt": f"{i} {random.Random(i).getrandbits(4000):x
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def folder(tmp_path: Path) -> Path:
+    """The files of the dataset."""
     folder = tmp_path / "dataset"
     (folder / "data").mkdir(parents=True)
     write(folder / "data" / "train-00000-of-00002.parquet", RECORDS[:300])
@@ -33,46 +34,52 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     write(folder / "data" / "test-00000-of-00001.parquet", RECORDS[:1])
     write(folder / "extra.jsonl", RECORDS[:5])
     (folder / "README.md").write_text("hello")
-    with serve(folder, REPO) as served:
+    return folder
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[Hub]:
+    with hub_server() as served:
+        served.hold(REPO, folder)
         yield served
 
 
-def on_hub(hub: Hub, code: str) -> str:
+def on_hub(hub: Hub, home: Path, code: str) -> str:
     """Run some lines where the stand-in is the hub: huggingface_hub reads its address when it is imported."""
     lines = ("import json\nfrom distill_pipe.produce.corpus import corpus_files, read_prompts, sources\n" + code)
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=300, env={
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "home"), "HF_HUB_OFFLINE": "0",
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_dataset_of_the_hub_reads_as_its_files_do_here(hub: Hub) -> None:
-    found = json.loads(on_hub(hub, f"""
+def test_a_dataset_of_the_hub_reads_as_its_files_do_here(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    found = json.loads(on_hub(hub, tmp_path / "home", f"""
 names = ["hf://datasets/{REPO}"]
 prompts = [(p.ordinal, p.prompt_id, p.messages[0].content) for p in read_prompts(names, "target", None)]
 files = [(f.name, f.sha256) for f in corpus_files(names)]
 print(json.dumps([prompts, files, [s.address for s in sources(names)]]))"""))
     prompts, files, addresses = found
-    training = sorted(hub.folder.glob("data/train-*"))
+    training = sorted(folder.glob("data/train-*"))
     assert [tuple(p) for p in prompts] == [(p.ordinal, p.prompt_id, p.messages[0].content)
                                            for p in read(*training, responses="target")]
     assert [tuple(f) for f in files] == [(path.name, sha256_of(path)) for path in training]
-    assert addresses[0] == f"hf://datasets/{REPO}@{COMMIT}/data/train-00000-of-00002.parquet"
+    assert addresses[0] == f"hf://datasets/{REPO}@{hub.repos[REPO].commits[-1]}/data/train-00000-of-00002.parquet"
 
 
-def test_only_what_a_limit_wants_is_fetched_and_hashes_are_not_read(hub: Hub) -> None:
-    on_hub(hub, f"""
+def test_only_what_a_limit_wants_is_fetched_and_hashes_are_not_read(hub: Hub, tmp_path: Path) -> None:
+    on_hub(hub, tmp_path / "home", f"""
 names = ["hf://datasets/{REPO}@main/data"]
 assert len(list(read_prompts(names, "target", 10))) == 10
 assert len(corpus_files(names)) == 2""")
-    asked = [line for line in hub.asked if "/resolve/" in line]
+    asked = [line for line in hub.requests if "/resolve/" in line]
     assert asked
     assert not [line for line in asked if "train-00001" in line]
 
 
-def test_a_file_of_the_hub_and_what_is_not_there(hub: Hub) -> None:
-    out = on_hub(hub, f"""
+def test_a_file_of_the_hub_and_what_is_not_there(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    out = on_hub(hub, tmp_path / "home", f"""
 print([s.name for s in sources(["hf://datasets/{REPO}/extra.jsonl"])])
 print(corpus_files(["hf://datasets/{REPO}/extra.jsonl"])[0].sha256)
 print(len(list(read_prompts(["hf://datasets/{REPO}/extra.jsonl"], "target", None))))
@@ -80,7 +87,7 @@ from distill_pipe.errors import UsageError
 for name in ("{REPO}/nothing", "nobody/else", "nonsense"):
     try: sources(["hf://datasets/" + name])
     except UsageError as error: print(error)""").splitlines()
-    assert out[:3] == ["['extra.jsonl']", sha256_of(hub.folder / "extra.jsonl"), "5"]
+    assert out[:3] == ["['extra.jsonl']", sha256_of(folder / "extra.jsonl"), "5"]
     for line, message in zip(out[3:], ("no file of a known kind is there; known are .jsonl", "cannot be had from the",
                                        "write hf://datasets/OWNER/NAME"), strict=True):
         assert message in line

@@ -5,18 +5,15 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tiny_drafts import write_bigrams, write_target
 
-from distill_pipe.cli import main
 from distill_pipe.consume.train import Step
 from distill_pipe.train_commands import Bar
 
-Cli = Callable[..., tuple[int, str, str]]
 LITTLE = ("--steps", 12, "--positions", 2, "--batch-tokens", 128, "--lr", 0.01)
 
 
@@ -28,20 +25,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Call `distill-pipe` in this process: exit code, stdout, stderr."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["distill-pipe", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        captured = capsys.readouterr()
-        return int(done.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_the_command_trains_what_it_was_told_and_prints_it(cli, root, target, tmp_path) -> None:

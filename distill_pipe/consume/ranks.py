@@ -6,7 +6,8 @@ from them. The gradient is scaled by the number of ranks, because DDP and FSDP d
 ranks of what each rank contributes, and the sum is what is wanted. The trade-off: it is right for them alone. Whoever
 adds gradients up himself has to divide by the number of ranks.
 
-`join_group` and `leave_group` are for processes on CPUs (gloo), such as tests; a trainer has its own group.
+`join_group`, `join_torchrun` and `leave_group` are for processes on CPUs (gloo), such as tests; a trainer has its own
+group.
 """
 
 import gc
@@ -47,12 +48,21 @@ class _SumOver(torch.autograd.Function):
 
 def join_group(rank: int, ranks: int, meeting: Path, timeout_s: float = 300.0) -> dist.ProcessGroup:
     """Join the default group over gloo. `meeting` is a file that all ranks share and that does not exist yet."""
+    return _join(init_method=f"file://{meeting.absolute()}", rank=rank, world_size=ranks,
+                 timeout=timedelta(seconds=timeout_s))
+
+
+def join_torchrun() -> dist.ProcessGroup:
+    """The same as one of the processes that `torchrun` has started: their environment says where to meet."""
+    return _join()
+
+
+def _join(**how: Any) -> dist.ProcessGroup:
     # DDP imports this module when it is made. Imported after the group exists, it binds the group to the defaults of
     # its functions for good: gloo's threads are never freed then, and the interpreter aborts when it exits.
     import torch.distributed.nn.functional  # noqa: F401
 
-    dist.init_process_group("gloo", init_method=f"file://{meeting.absolute()}", rank=rank, world_size=ranks,
-                            timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group("gloo", **how)
     group = dist.group.WORLD
     assert group is not None  # noqa: S101 - it was made one line above
     return group

@@ -154,8 +154,7 @@ class Schedule:
         self._per_shard, self._num_prompts = prompts_per_shard, num_prompts
         self._in_flight, self._limits = in_flight, limits
         self._start_deaths = self._barren_deaths = 0
-        self._next = next(self._todo, None)
-        self._stopping = False
+        self._next, self._stopping = next(self._todo, None), False
 
     @property
     def finished(self) -> bool:
@@ -188,8 +187,7 @@ class Schedule:
     def ready(self, i: int, now: float) -> list[Command]:
         """An engine can take work."""
         engine = self._engines[i]
-        engine.placed = engine.ready = True
-        engine.heard = now
+        engine.placed, engine.ready, engine.heard = True, True, now
         self._start_deaths = 0
         return list(self._feed(i))
 
