@@ -116,6 +116,7 @@ def test_threads_racing_for_a_shard_make_one(root: LocalRoot, run: Run) -> None:
     assert verify(root).clean
 
 
+@pytest.mark.matrix
 def test_processes_racing_for_every_shard_make_one_dataset(tmp_path: Path, fault_row) -> None:
     make_dataset(tmp_path / "donor", 24, Shape(prompts_per_shard=2))
     start_run(tmp_path / "out", 24, Shape(prompts_per_shard=2))
@@ -255,6 +256,7 @@ def small_disk() -> Iterator[Path]:
     path.rmdir()
 
 
+@pytest.mark.matrix
 def test_a_full_disk_leaves_nothing_of_a_shard_behind_however_little_room_there_was(small_disk, fault_row) -> None:
     shape = Shape(vocab_size=512, top_k=256, hidden_size=2000, layers=(1, 2), hidden_codec="f32")
     run, root = start_run(small_disk / "out", 4, shape), LocalRoot(small_disk / "out")
@@ -284,6 +286,7 @@ def test_a_full_disk_leaves_nothing_of_a_shard_behind_however_little_room_there_
     fault_row("F04 disk full in the middle of a shard, then freed", refusals, refusals)
 
 
+@pytest.mark.matrix
 def test_a_file_size_limit_ends_in_the_same_error_and_a_rerun_completes(tmp_path: Path, fault_row) -> None:
     make_dataset(tmp_path / "donor", 4, Shape(hidden_size=512))
     start_run(tmp_path / "out", 4, Shape(hidden_size=512))
@@ -298,6 +301,7 @@ def test_a_file_size_limit_ends_in_the_same_error_and_a_rerun_completes(tmp_path
     fault_row("F05 file size limit", 1, 1)
 
 
+@pytest.mark.matrix
 def test_a_dataset_whose_writer_is_killed_again_and_again_is_completed_by_a_rerun(tmp_path: Path, fault_row) -> None:
     shape = Shape(prompts_per_shard=1)
     make_dataset(tmp_path / "donor", 80, shape)

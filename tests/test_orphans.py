@@ -144,6 +144,7 @@ def test_a_quarantine_file_of_an_attempt_that_lost_is_an_orphan_and_that_of_the_
     assert root.size(info.quarantine.name) == info.quarantine.size
 
 
+@pytest.mark.matrix
 def test_f43_gc_while_a_run_is_writing_takes_nothing_of_it(tmp_path: Path, fault_row) -> None:
     """Grace aside, the one thing that may be taken for an orphan is a sidecar whose shard was not committed yet."""
     run = start_run(tmp_path, 120, Shape(prompts_per_shard=2))

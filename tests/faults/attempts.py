@@ -16,7 +16,7 @@ from typing import Self
 UNEXPECTED = 99
 # In front of a root: the attempt is at summing it up.
 FINALIZE = "finalize:"
-_PR_SET_PTRACER = 0x59616D61
+_PR_SET_PDEATHSIG, _PR_SET_PTRACER = 1, 0x59616D61
 
 
 class Attempts:
@@ -60,8 +60,11 @@ class Attempts:
 
 def _attempt(donor: str, root: str) -> int:
     """The exit code that the command line would end with; UNEXPECTED where it would end in a traceback."""
+    prctl = ctypes.CDLL(None).prctl
+    # An attempt that is held would outlive a test that fails.
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # Where only a parent may trace a process, this one lets anybody.
-    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+    prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
     # What `copy_dataset` prints is not for the other side.
     os.dup2(2, 1)
     os.kill(os.getpid(), signal.SIGSTOP)

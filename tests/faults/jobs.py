@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,7 @@ from distill_pipe.store.manifest import shard_name
 from distill_pipe.store.root import LocalRoot
 
 STEP_SECONDS = "0.03"
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 480
 GONE_SECONDS = 40
 # What a machine's user may have set for its own clusters is not ours.
 CLUSTER_ENV = {"RAY_AUTH_MODE": "disabled"}
@@ -120,18 +120,33 @@ class Disturber:
     def _disturb(self, job: RunningJob, kills: int, kinds: tuple[str, ...]) -> float:
         last = time.monotonic()
         while self.killed < kills and job.alive:
+            kind = self._luck.choice(kinds)
+            if kind == "driver" and self._luck.random() < 0.5:
+                self._wait_for_a_commit(job)
             time.sleep(self._luck.uniform(0, 3))
-            last, kind = time.monotonic(), self._luck.choice(kinds)
-            victims = job.engines() if "worker" in kind else []
+            last, victims = time.monotonic(), job.engines() if "worker" in kind else []
             if "worker" in kind and not victims:
                 continue
             for victim in victims if kind == "workers" else self._luck.sample(victims, min(1, len(victims))):
-                victim.kill()
-                self.killed += 1
+                self.killed += killed(victim)
             if "driver" in kind and job.alive:
                 job.kill_driver()
                 self.killed += 1
         return last
+
+    def _wait_for_a_commit(self, job: RunningJob) -> None:
+        """Or every kill would fall into the seconds in which a driver starts."""
+        before = len(commits(self.outs[-1]))
+        until(lambda: len(commits(self.outs[-1])) > before or not job.alive)
+
+
+def killed(process: psutil.Process) -> bool:
+    """SIGKILL; False where the process ended by itself just before."""
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
@@ -149,8 +164,7 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 def kill_marked(mark: str) -> None:
     """Kill all of them; some end by themselves meanwhile."""
     for process in marked_processes(mark):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+        killed(process)
 
 
 def titled(process: psutil.Process) -> str:
@@ -188,7 +202,11 @@ class Nodes:
         self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                          text=True, env={**os.environ, **CLUSTER_ENV, name: value,
                                                          "DISTILL_PIPE_FAKE_STEP_SECONDS": step_seconds})
-        self.address = self._answer()
+        try:
+            self.address = self._answer()
+        except BaseException:
+            self.close()
+            raise
         self.count = count
 
     def tell(self, command: str) -> None:

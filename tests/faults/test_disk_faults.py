@@ -82,6 +82,7 @@ def test_a_call_of_a_commit_that_fails_or_is_the_last_loses_nothing(kind, attemp
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_of_a_commit_that_fails_or_is_the_last_loses_nothing(kind, attempts, tmp_path, fault_row) -> None:
     count, seconds = fail_every_call(attempts, tmp_path, kind, step=1)
@@ -113,11 +114,13 @@ def test_f50_a_finalize_that_is_killed_is_repeated_to_the_same_bytes(attempts, t
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 def test_f50_finalize_killed_at_every_call_is_repeated_to_the_same_bytes(attempts, tmp_path, fault_row) -> None:
     kills = kill_finalize(attempts, tmp_path, step=1)
     fault_row("F50 finalize killed at every system call", kills, kills)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("error", ["EPERM", "EOPNOTSUPP", "EMLINK"])
 def test_f44_a_file_system_without_hard_links_commits_by_rename(error, attempts, tmp_path, fault_row) -> None:
     path = fresh_root(tmp_path)

@@ -144,5 +144,4 @@ def test_f20_a_node_killed_in_the_middle_of_a_run_of_the_real_engine(tmp_path, f
     assert_whole(out, 40)
     [event] = events(out, "engine_lost")
     assert event["class"] in ("infra", "engine")
-    print(f"shards given back by the lost node: {event['shards']}")
-    fault_row("F20 SIGKILL of a node under the real engine", 1, 1)
+    fault_row(f"F20 SIGKILL of a node under the real engine, which held {event['shards']} shards", 1, 1)

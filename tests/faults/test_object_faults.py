@@ -27,6 +27,7 @@ from distill_pipe.store.verify import verify
 from faults.proxy import Fault, Head, Proxy
 from faults.seaweed import Seaweed
 
+pytestmark = pytest.mark.matrix
 PROMPTS, SHARDS = 10, 3
 
 
@@ -169,7 +170,11 @@ def test_f15_two_processes_race_for_every_shard_in_a_store(folder, tmp_path, fau
     start_run(folder, PROMPTS)
     line = [sys.executable, str(Path(__file__).parents[1] / "committer.py"), str(tmp_path / "donor"), folder]
     racers = [subprocess.Popen(line, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [racer.wait(120) for racer in racers] == [0, 0]
+    try:
+        assert [racer.wait(120) for racer in racers] == [0, 0]
+    finally:
+        for racer in racers:
+            racer.kill()
     assert_exactly_once(folder)
     fault_row("F15 two processes race for every shard in S3", SHARDS, SHARDS)
 

@@ -42,6 +42,7 @@ def assert_whole(folder: str) -> None:
     assert report.traces == PROMPTS, report
 
 
+@pytest.mark.matrix
 def test_a_run_into_a_store_that_fails_at_times_is_the_run_into_a_folder(tmp_path, proxy, seaweed, fault_row) -> None:
     folder, faults = seaweed.new_folder(), itertools.cycle(["throttle", "lose answer", "error", "reset", "cut answer"])
     count = itertools.count(1)

@@ -68,6 +68,7 @@ def test_f18_f19_f25_three_hundred_kills(corpus, undisturbed, tmp_path, fault_ro
     kill_at_random(corpus, undisturbed, tmp_path, kills, 1, fault_row, *kinds)
 
 
+@pytest.mark.matrix
 def test_f15_two_drivers_on_one_root_at_the_same_moment(tmp_path, fault_row) -> None:
     run_here(fake_job(tmp_path, "calm", prompts=questions(40)))
     out = tmp_path / "out"
@@ -81,7 +82,7 @@ def test_f15_two_drivers_on_one_root_at_the_same_moment(tmp_path, fault_row) -> 
 
 @pytest.mark.parametrize(("sent", "code", "says"), [
     pytest.param(signal.SIGINT, 130, "interrupted; the same command continues", marks=pytest.mark.faults),
-    (signal.SIGTERM, 143, "terminated; the same command continues")])
+    pytest.param(signal.SIGTERM, 143, "terminated; the same command continues", marks=pytest.mark.matrix)])
 def test_f22_f27_a_signal_ends_a_run_with_its_code_and_the_same_command_continues(
         corpus, undisturbed, tmp_path, fault_row, sent, code, says) -> None:
     out = tmp_path / "out"
@@ -129,6 +130,7 @@ def assert_poison_found(folder: Path, prompts: list[str], marks: int, *args: obj
     assert_same_rows(folder / "out", folder / "calm")
 
 
+@pytest.mark.matrix
 def test_f29_f30_a_prompt_that_kills_its_engine_is_found_and_every_other_is_kept(tmp_path, fault_row) -> None:
     assert_poison_found(tmp_path, poisoned("kill", count=8), 1)
     fault_row("F30 a prompt that kills the engine", 1, 1)
@@ -201,7 +203,9 @@ def test_f24_a_zombie_that_wakes_after_its_shard_was_done_again_changes_nothing(
 # Refusals
 
 
-def test_f16_a_driver_with_other_settings_is_refused_before_an_engine_starts(corpus, undisturbed) -> None:
+@pytest.mark.matrix
+def test_f16_a_driver_with_other_settings_is_refused_before_an_engine_starts(corpus, undisturbed, fault_row) -> None:
     done = command("generate", "--corpus", corpus, "--out", undisturbed, *SETTINGS, "--set", "sampling.seed=1")
     assert done.returncode == 4
     assert "sampling.seed: stored 0, given 1" in done.stderr
+    fault_row("F16 a driver with other settings: refused", 1, 1)

@@ -18,7 +18,7 @@ from distill_pipe.store.manifest import require_run, shard_name
 from distill_pipe.store.root import open_root
 from distill_pipe.store.shard import read_main
 from distill_pipe.store.verify import verify
-from faults.jobs import CLUSTER_ENV, Nodes, RunningJob, cluster, running, until
+from faults.jobs import CLUSTER_ENV, Nodes, RunningJob, cluster, killed, running, until
 from faults.proxy import Fault, Head, Proxy
 from faults.seaweed import Seaweed
 
@@ -43,7 +43,7 @@ class Weather:
         if what in ("worker", "stop") and not engines:
             return
         if what == "worker":
-            self._luck.choice(engines).kill()
+            killed(self._luck.choice(engines))
         elif what == "stop":
             self._pause(self._luck.choice(engines))
         elif what == "node":

@@ -87,6 +87,7 @@ def test_three_kills_in_an_upload_leave_nothing_or_everything(how, tmp_path, pro
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("how", PARTS)
 def test_thirty_kills_in_an_upload_leave_nothing_or_everything(how, tmp_path, proxy, seaweed, fault_row) -> None:
     make_dataset(tmp_path / "donor", PROMPTS, SHAPE)
