@@ -48,7 +48,7 @@ bench: $(STAMP) ## Measure the format, `plan`, and capture, each against what it
 	$(ONE_THREAD) $(BIN)/python -m pytest -m bench -s tests/benchmarks
 
 faults: $(STAMP) ## Kill, stop, drain, starve and poison whatever takes part in a run; prints a table (about an hour)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -v -m "faults or matrix" --fault-table build/faults.md
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -vv -m "faults or matrix" --fault-table build/faults.md
 
 drafts: $(STAMP) ## Speculative decoding by vLLM itself with a draft of each kind, against our own sampler (5 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m drafts
