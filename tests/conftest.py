@@ -16,6 +16,8 @@ settings.load_profile("any-machine")
 
 # Every server that a test talks to is one of its own.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"127.0.0.1,localhost,{os.environ.get('NO_PROXY', '')}".rstrip(",")
+# Ray makes its workers give way to everything else, and the tests beside them would starve engines.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Each makes Rich colour what is not printed on a terminal.
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
     os.environ.pop(_name, None)
