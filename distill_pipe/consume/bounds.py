@@ -16,7 +16,7 @@ is about 2^-b times the row's entropy wide, b being the bits that were kept.
 To the upper bound the tail adds the least of its own mass, what q has outside the head, and that with each token cut
 off at the smallest head entry, because no tail token is likelier than that.
 
-Good to about 1e-6, which is what float32 sums are.
+Good to about 1e-6, which is what float32 sums are; with large logits at a low T, which divides them, to 5e-6 / T.
 
 Shapes: R rows, K head entries.
 """
