@@ -2,6 +2,7 @@
 reach the tests."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # Each makes Rich colour what is not printed on a terminal.
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
     os.environ.pop(_name, None)
+
+# What a script runs in its background ignores Ctrl-C, and so would every command that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The table of faults, and the servers that some of them need.
 pytest_plugins = ["faults.table", "faults.seaweed", "faults.azurite", "faults.fake_gcs"]

@@ -12,9 +12,11 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Self
 
 import psutil
 import pytest
+from faults.jobs import kill_marked, killed
 from runs import command, prompt_records, succeed, write_corpus
 
 from distill_pipe.produce.smollm2 import materialise_smollm2
@@ -30,7 +32,7 @@ GONE_SECONDS = 20
 
 
 class Run:
-    """One `generate` command that can be killed, and the processes it started."""
+    """One `generate` command that can be killed, and the processes it started; all are gone afterwards."""
 
     def __init__(self, corpus: Path, out: Path) -> None:
         self.mark = f"DISTILL_PIPE_TEST={uuid.uuid4()}"
@@ -41,6 +43,14 @@ class Run:
         self.log = out.with_name(f"{value}.log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(list(map(str, line)), env={**os.environ, name: value}, stderr=log)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        kill_marked(self.mark)
 
     def engines(self) -> list[psutil.Process]:
         """The living processes of this run that hold a model. Ray's own agents need up to a minute to notice that their
@@ -69,10 +79,7 @@ class Run:
 
     def kill_worker(self) -> bool:
         """SIGKILL the engine's process; False when there is none at the moment."""
-        for process in self.engines():
-            process.kill()
-            return True
-        return False
+        return any(killed(process) for process in self.engines()[:1])
 
     def kill_driver(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -112,14 +119,14 @@ def kill_drivers(tmp_path: Path, kills: int, seed: int) -> None:
     corpus, out = dataset_parts(tmp_path)
     killed, done = 0, committed_files(out)
     while killed < kills or not finished(out):
-        run = Run(corpus, out)
-        if killed < kills and run.wait_for(moments, out):
-            run.kill_driver()
-            killed += 1
-        else:
-            assert run.process.wait(600) == 0, run.log.read_text()
-            assert_whole(out)
-        run.wait_until_gone()
+        with Run(corpus, out) as run:
+            if killed < kills and run.wait_for(moments, out):
+                run.kill_driver()
+                killed += 1
+            else:
+                assert run.process.wait(600) == 0, run.log.read_text()
+                assert_whole(out)
+            run.wait_until_gone()
         now = committed_files(out)
         assert done.items() <= now.items(), "a finished shard was written again"
         print(f"driver killed {killed} times, {len(now)} of {NUM_PROMPTS // PER_SHARD} shards committed")
@@ -142,17 +149,17 @@ def kill_workers(tmp_path: Path, kills: int, seed: int) -> None:
     while killed < kills or not finished(out):
         if finished(out):
             out, done = out.with_name(f"after-{killed}-kills"), {}
-        run = Run(corpus, out)
-        while killed < kills and run.process.poll() is None:
-            if not run.wait_for(moments, out) or not run.kill_worker():
-                continue
-            killed += 1
-            now = committed_files(out)
-            assert done.items() <= now.items(), "a finished shard was written again"
-            print(f"worker killed {killed} times, {len(now)} of {NUM_PROMPTS // PER_SHARD} shards committed")
-            done = now
-        # Three deaths without a finished shard end a run with 7; the same command goes on.
-        assert run.process.wait(600) in (0, 7), run.log.read_text()
+        with Run(corpus, out) as run:
+            while killed < kills and run.process.poll() is None:
+                if not run.wait_for(moments, out) or not run.kill_worker():
+                    continue
+                killed += 1
+                now = committed_files(out)
+                assert done.items() <= now.items(), "a finished shard was written again"
+                print(f"worker killed {killed} times, {len(now)} of {NUM_PROMPTS // PER_SHARD} shards committed")
+                done = now
+            # Three deaths without a finished shard end a run with 7; the same command goes on.
+            assert run.process.wait(600) in (0, 7), run.log.read_text()
         assert done.items() <= committed_files(out).items(), "a finished shard was written again"
         if run.process.returncode == 0:
             assert_whole(out)
@@ -173,15 +180,15 @@ def test_a_worker_killed_twice_is_replaced_and_nothing_is_lost(tmp_path) -> None
                                                     (signal.SIGTERM, 143, "terminated; the same command continues")])
 def test_a_signal_ends_a_run_with_its_code_and_leaves_no_engine(tmp_path, sent, code, says) -> None:
     corpus, out = dataset_parts(tmp_path)
-    run = Run(corpus, out)
-    while not run.engines():
-        assert run.process.poll() is None, run.log.read_text()
-        time.sleep(0.2)
-    run.process.send_signal(sent)
-    assert run.process.wait(60) == code
-    assert says in run.log.read_text()
-    assert "Traceback" not in run.log.read_text()
-    run.wait_until_gone()
+    with Run(corpus, out) as run:
+        while not run.engines():
+            assert run.process.poll() is None, run.log.read_text()
+            time.sleep(0.2)
+        run.process.send_signal(sent)
+        assert run.process.wait(60) == code
+        assert says in run.log.read_text()
+        assert "Traceback" not in run.log.read_text()
+        run.wait_until_gone()
     report = verify(LocalRoot(out))
     assert not report.problems
 
@@ -204,11 +211,13 @@ def test_an_engine_that_cannot_start_ends_the_run_at_once_with_the_reason(tmp_pa
 
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
-def test_a_driver_killed_at_ten_random_moments(tmp_path) -> None:
+def test_a_driver_killed_at_ten_random_moments(tmp_path, fault_row) -> None:
     kill_drivers(tmp_path, kills=10, seed=1)
+    fault_row("F25 SIGKILL of the real engine's driver at random moments", 10, 10)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3000)
-def test_a_worker_killed_at_ten_random_moments(tmp_path) -> None:
+def test_a_worker_killed_at_ten_random_moments(tmp_path, fault_row) -> None:
     kill_workers(tmp_path, kills=10, seed=2)
+    fault_row("F18 SIGKILL of the real engine at random moments", 10, 10)

@@ -151,7 +151,7 @@ def test_two_engines_at_once_are_on_a_node_each(tmp_path, target, corpus, nodes,
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", ["RayWorkerProc", "EngineCore"])
 def test_an_engine_that_loses_a_process_gives_its_devices_to_the_next(tmp_path, target, corpus, nodes, in_one_process,
-                                                                      victim: str) -> None:
+                                                                      victim: str, fault_row) -> None:
     # Either engine takes every device, so the second finds a place only when the first has given them back.
     out, killed = tmp_path / "out", list[int]()
     nodes.workers()
@@ -162,6 +162,7 @@ def test_an_engine_that_loses_a_process_gives_its_devices_to_the_next(tmp_path, 
     assert [len(workers) for workers in nodes.workers().values()] == [4, 4]
     assert_same_rows(found, in_one_process)
     wait_until_gone(nodes)
+    fault_row(f"F18 SIGKILL of a process ({victim}) of an engine on two nodes", 1, 1)
 
 
 def kill_one(nodes: Nodes, title: str, out: Path, killed: list[int]) -> None:
