@@ -15,6 +15,7 @@ from fakes import assert_same_rows, assert_whole, fake_job, quarantined, run_her
 
 from distill_pipe.errors import ClusterError, EngineError, StorageFullError
 from distill_pipe.produce import driver
+from distill_pipe.produce.cluster import ClusterPlan, _start_ray
 from distill_pipe.produce.driver import Driver, Ready, Report
 from distill_pipe.produce.engine import EngineOptions, ShardOutcome
 from distill_pipe.produce.fake_engine import FakeEngine
@@ -23,7 +24,7 @@ from distill_pipe.produce.generate import freeze, prepare
 from distill_pipe.produce.job import Job
 from distill_pipe.produce.journal import Journal, Meters
 from distill_pipe.produce.replica import EnginePlan, Place, Replica
-from distill_pipe.produce.schedule import Failure, Schedule, Work, shards_in_flight
+from distill_pipe.produce.schedule import Failure, Limits, Schedule, Work, shards_in_flight
 from distill_pipe.produce.worker import Progress, ShardWorker
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.plan import num_shards
@@ -202,3 +203,16 @@ def test_an_engine_s_process_ends_when_nobody_calls_it_any_more(tmp_path: Path) 
 def orphaned_replica(folder: Path) -> Replica:
     """An engine whose driver is missed after five seconds."""
     return Replica(EnginePlan("", None, EngineOptions(), (folder / "run").read_bytes(), str(folder / "out"), 1, 5.0))
+
+
+class SlowRay:
+    """A Ray whose first node is not up in time, on a machine with too much to do."""
+
+    def init(self, **_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+
+def test_a_ray_that_does_not_start_in_time_is_not_reported_as_a_bug() -> None:
+    plan = ClusterPlan("model", None, 1, None, EngineOptions(), Limits())
+    with pytest.raises(ClusterError, match=r"^Ray cannot be reached at this machine: The current node timed out"):
+        _start_ray(SlowRay(), plan)

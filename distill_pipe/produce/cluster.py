@@ -208,7 +208,7 @@ def _start_ray(ray: Any, plan: ClusterPlan) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
         ray.init(address=plan.address or "local", log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises no narrower class where a node is not up in time
         place = plan.address or "this machine"
         raise ClusterError(f"Ray cannot be reached at {place}: {redacted(str(error))}") from error
     # Ray puts a handler of its own in place, which ends the process before the run can be closed.

@@ -34,7 +34,9 @@ def fault_row(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
-    config.pluginmanager.register(_Collector(config), "fault-table")
+    # Under pytest-xdist every process has this plugin, and the one that started the others hears of all tests.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Collector(config), "fault-table")
 
 
 class _Collector:
@@ -42,23 +44,24 @@ class _Collector:
         self._config = config
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            self._config.stash[_rows] += [value for name, value in report.user_properties if name == _ROW]
+        rows = [value for name, value in report.user_properties if name == _ROW]
+        path = self._config.getoption("--fault-table")
+        if report.when != "call" or path is None or not rows:
+            return
+        self._config.stash[_rows] += rows
+        # After each test, for what is stopped in its second hour leaves the table of the first.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(table_of(self._config.stash[_rows]))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        path, rows = self._config.getoption("--fault-table"), sorted(self._config.stash[_rows], key=lambda row: row[0])
-        if path is None or not rows:
-            return
-        text = table_of(rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        terminalreporter.write_line("\n" + text)
+        if rows := self._config.stash[_rows]:
+            terminalreporter.write_line("\n" + table_of(rows))
 
 
 def table_of(rows: list[list[Any]]) -> str:
-    """The rows as Markdown, with their sum."""
+    """The rows as Markdown, by case, with their sum."""
     lines = []
-    for case, injections, survived, lost, doubled, seconds in rows:
+    for case, injections, survived, lost, doubled, seconds in sorted(rows, key=lambda row: str(row[0])):
         when = "-" if seconds is None else f"{seconds:.1f}"
         lines.append(f"| {case} | {injections} | {survived} | {lost} | {doubled} | {when} |\n")
     total = [sum(row[i] for row in rows) for i in range(1, 5)]
