@@ -142,13 +142,8 @@ class Disturber:
 
 def killed(process: psutil.Process) -> bool:
     """SIGKILL; False where the process ended by itself just before."""
-    return signalled(process, signal.SIGKILL)
-
-
-def signalled(process: psutil.Process, number: signal.Signals) -> bool:
-    """Send a signal; False where the process ended by itself just before."""
     try:
-        process.send_signal(number)
+        process.kill()
     except psutil.NoSuchProcess:
         return False
     return True

@@ -14,7 +14,7 @@ from fakes import SETTINGS, assert_same_rows, assert_whole, fake_job, quarantine
 from runs import command, prompt_records, write_corpus
 
 from distill_pipe.produce.driver import GRACE_SECONDS
-from faults.jobs import Disturber, commits, marked_processes, running, signalled, titled
+from faults.jobs import Disturber, commits, running, titled
 
 pytestmark = pytest.mark.ray
 PROMPTS, PER_SHARD = 160, 4
@@ -189,18 +189,14 @@ def test_f24_a_zombie_that_wakes_after_its_shard_was_done_again_changes_nothing(
     with running(corpus, out) as job:
         job.wait_for_commits(out)
         [zombie] = job.engines()
-        # All of it stands still, or Ray would end the engine before it wakes.
-        machine = [zombie, *(p for p in marked_processes(job.mark) if p.pid not in (zombie.pid, job.process.pid))]
-        for process in machine:
-            signalled(process, signal.SIGSTOP)
-        job.kill_driver()
+        # Its driver lives on, or Ray would end the engine before it wakes.
+        zombie.suspend()
         with running(corpus, out, env={"DISTILL_PIPE_FAKE_STEP_SECONDS": "0"}) as heir:
             heir.end()
         done = commits(out)
         assert zombie.status() == psutil.STATUS_STOPPED
-        for process in machine:
-            signalled(process, signal.SIGCONT)
-        job.wait_until_gone()
+        zombie.resume()
+        job.end()
     assert commits(out) == done
     assert_kept(out, undisturbed)
     fault_row("F24 a zombie wakes after its shard was done again", 1, 1)
