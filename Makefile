@@ -47,7 +47,7 @@ schemas: $(STAMP) ## Write the JSON Schemas anew from the code
 bench: $(STAMP) ## Measure the format, `plan`, and capture, each against what it replaces (about 35 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m bench -s tests/benchmarks
 
-faults: $(STAMP) ## Kill, stop, drain, starve and poison whatever takes part in a run; prints a table (about an hour)
+faults: $(STAMP) ## Kill, stop, drain, starve and poison whatever takes part in a run; prints a table (an hour and a half)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope -vv -m "faults or matrix" --fault-table build/faults.md
 
 drafts: $(STAMP) ## Speculative decoding by vLLM itself with a draft of each kind, against our own sampler (5 minutes)
