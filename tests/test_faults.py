@@ -132,9 +132,14 @@ def kill_drivers(tmp_path: Path, kills: int, seed: int) -> None:
         print(f"driver killed {killed} times, {len(now)} of {NUM_PROMPTS // PER_SHARD} shards committed")
         done = now
         if finished(out) and killed < kills:
-            out, done = out.with_name(f"after-{killed}-kills"), {}
+            out, done = another(out), {}
     assert_whole(out)
     succeed("verify", out)
+
+
+def another(out: Path) -> Path:
+    """A place for one more dataset: a random moment may miss more than one of them."""
+    return out.with_name(f"{out.name}-more")
 
 
 def finished(out: Path) -> bool:
@@ -148,7 +153,7 @@ def kill_workers(tmp_path: Path, kills: int, seed: int) -> None:
     killed, done = 0, committed_files(out)
     while killed < kills or not finished(out):
         if finished(out):
-            out, done = out.with_name(f"after-{killed}-kills"), {}
+            out, done = another(out), {}
         with Run(corpus, out) as run:
             while killed < kills and run.process.poll() is None:
                 if not run.wait_for(moments, out) or not run.kill_worker():
