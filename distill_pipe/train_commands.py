@@ -97,7 +97,7 @@ def evaluate(
                                     temperatures=temperature or (0.0, 1.0)), as_json)
 
 
-def bench_draft(  # noqa: PLR0913 - options
+def bench_draft(  # noqa: PLR0913 - one option per setting of `BenchSettings`, and what it is run on
     draft: DraftFolder,
     target: Annotated[str, typer.Option(help="The target to verify with.")] = "smollm2-135m",
     corpus: Annotated[list[str] | None, typer.Option(help="Prompts: general, code, maths, or a JSONL file; may be "

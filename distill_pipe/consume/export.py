@@ -14,10 +14,9 @@ from pathlib import Path
 import msgspec
 
 from distill_pipe.consume.exporters import DEFAULTS, ExportOptions, Layout, trainer_layout
-from distill_pipe.consume.exporters.files import SCRATCH, whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.errors import MismatchError, UsageError
-from distill_pipe.store.disk import storage_failures
+from distill_pipe.store.disk import SCRATCH, storage_failures, whole_file
 from distill_pipe.store.root import open_root
 
 RECORD = ".distill-pipe.json"

@@ -4,8 +4,6 @@ Everything is kept in the precision it is computed in, so a continued training i
 the same machine. The trade-off for one file without pickles: tensors are named by hand, and only AdamW is known.
 """
 
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from distill_pipe.consume.acceptance import Acceptance
 from distill_pipe.errors import MismatchError
-from distill_pipe.store.disk import storage_failures
+from distill_pipe.store.disk import storage_failures, whole_file
 
 FILE = "training.safetensors"
 _KEY = "training"
@@ -46,19 +44,11 @@ def save_training(folder: Path, saved: Saved, weights: Mapping[str, Tensor], opt
     """Replace the saved training. A crash, or a full disk (StorageFullError), leaves the one before."""
     from distill_pipe.consume.tensor_file import save_tensors
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"weight.{name}": weight.detach().contiguous() for name, weight in weights.items()}
+    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
     for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in state.items()}
-    scratch = folder / f".{FILE}.{uuid.uuid4().hex}"
-    try:
-        with storage_failures(str(folder)):
-            save_tensors(scratch, tensors, {_KEY: msgspec.json.encode(saved).decode()})
-            with open(scratch, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(scratch, folder / FILE)
-    finally:
-        scratch.unlink(missing_ok=True)
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    with storage_failures(str(folder)), whole_file(folder / FILE) as scratch:
+        save_tensors(scratch, tensors, {_KEY: msgspec.json.encode(saved).decode()})
 
 
 def restore_training(folder: Path, identity: str, weights: Mapping[str, Tensor],

@@ -5,10 +5,8 @@ gets. The file appears under its name only when it is whole. The trade-off: a se
 """
 
 import gzip
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, cast
@@ -21,6 +19,7 @@ from msgspec.structs import replace
 
 from distill_pipe.errors import UsageError
 from distill_pipe.produce.corpus import read_prompts
+from distill_pipe.store.disk import whole_file
 from distill_pipe.store.plan import PlannedPrompt
 from distill_pipe.store.spec import Responses
 
@@ -63,7 +62,7 @@ def prepare_corpus(addresses: Sequence[str], out: Path, responses: Responses, li
                 on_prompt()
                 yield part
 
-    with _written(out) as part:
+    with whole_file(out) as part:
         _write(part, out.name, counted())
     return Prepared(file=str(out), prompts=domains.total(), turns=turns, characters=characters,
                     domains=dict(sorted(domains.items())), bytes=out.stat().st_size)
@@ -86,19 +85,6 @@ def _split(prompt: PlannedPrompt, responses: Responses) -> Iterator[PlannedPromp
             yield PlannedPrompt(prompt.ordinal, f"{prompt.prompt_id}#{end}", prompt.domain, messages)
     if responses == "target":
         yield PlannedPrompt(prompt.ordinal, f"{prompt.prompt_id}#{len(context)}", prompt.domain, context)
-
-
-@contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """A file beside `out` that takes its name when the body succeeds."""
-    # A name that cannot be guessed: in a shared folder a link may wait at one that can.
-    part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write(path: Path, name: str, prompts: Iterator[PlannedPrompt]) -> None:

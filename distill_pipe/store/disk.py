@@ -1,15 +1,18 @@
-"""What a local disk needs beyond Python's own calls: folders and names that survive a power cut, listings without a
-`stat` per file, its failures as errors of ours, and whether strangers can reach into a folder."""
+"""What a local disk needs beyond Python's own calls: folders and names that survive a power cut, files that are whole
+or absent, listings without a `stat` per file, its failures as errors of ours, and whether strangers can reach in."""
 
 import errno
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from distill_pipe.errors import StorageFullError, StoreError, UsageError
 
+# What the name of a file in the making ends in.
+SCRATCH = ".part"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BROKEN = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT}
 
@@ -68,6 +71,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; moved to `path` when the body is done, gone when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden, and unlike anything that a loader looks for, in case the process is killed; and not to be guessed, because
+    # in a shared folder a link may wait at a name that is.
+    scratch = path.parent / f".{uuid.uuid4().hex}{SCRATCH}"
+    try:
+        yield scratch
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def shut_out_strangers() -> None:

@@ -23,6 +23,9 @@ Rows = dict[tuple[str, ...], dict[int, Result]]
 def write_report(results: Path) -> Path:
     """Write `proof-<date>.md` and `.svg` beside the results, from those that are there."""
     found = [read_result(path) for path in sorted(results.glob("*.json"))]
+    if other := next((r for r in found if r.scale != found[0].scale), None):
+        raise SystemExit(f"{found[0].training.name} and {other.training.name} are results of different scales, which "
+                         "one table must not mix: give each scale a --results folder of its own")
     results.mkdir(parents=True, exist_ok=True)
     page = results / f"proof-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.md"
     lines = ["# LK losses against KL, and compact shards against exact ones", "", *_setting(found), ""]
@@ -118,9 +121,6 @@ def _setting(found: Sequence[Result]) -> list[str]:
     if not found:
         return ["No result yet."]
     scale = found[0].scale
-    if other := next((r for r in found if r.scale != scale), None):
-        raise SystemExit(f"{found[0].training.name} and {other.training.name} are results of different scales, which "
-                         "one table must not mix: give each scale a --results folder of its own")
     seeds = sorted({r.training.seed for r in found})
     text = (f"Target SmolLM2-135M-Instruct. {scale.rows:,} supervised tokens written at T = {scale.temperature:g}, at "
             f"most {scale.max_tokens} per prompt; {scale.steps} steps of {scale.batch_tokens} tokens, peak learning "

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from distill_pipe.consume.exporters.files import whole_file
+from distill_pipe.store.disk import whole_file
 
 
 def write_stream(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

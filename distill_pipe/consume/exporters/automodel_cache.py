@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from distill_pipe.consume.drafts.target_files import read_weights
-from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.record import Sample
 from distill_pipe.consume.tensor_file import save_tensors
 from distill_pipe.errors import UsageError
+from distill_pipe.store.disk import whole_file
 
 # A shard is held in memory while it is made: 1 GB for 2,048 tokens of an 8B target.
 SAMPLES_PER_SHARD = 16

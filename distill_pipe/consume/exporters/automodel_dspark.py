@@ -24,13 +24,13 @@ from distill_pipe.consume.exporters.automodel_cache import (
     write_cache_file,
     write_manifest,
 )
-from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Address, ExportOptions
 from distill_pipe.consume.exporters.record import Record, Sample, padded
 from distill_pipe.consume.exporters.states import StatesLayout
 from distill_pipe.consume.tensor_file import save_tensors
 from distill_pipe.errors import UsageError
+from distill_pipe.store.disk import whole_file
 from distill_pipe.store.manifest import Run
 
 

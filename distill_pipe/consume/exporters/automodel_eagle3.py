@@ -35,7 +35,6 @@ from distill_pipe.consume.exporters.automodel_cache import (
     write_manifest,
 )
 from distill_pipe.consume.exporters.draft_vocabulary import chosen_vocabulary
-from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Address, ExportOptions, Layout, aux_layers, head_entries
 from distill_pipe.consume.exporters.record import Record, Sample, at_positions, padded
@@ -43,6 +42,7 @@ from distill_pipe.consume.sparse import PADDING
 from distill_pipe.consume.tensor_file import save_tensors
 from distill_pipe.consume.vocabulary import DraftVocabulary
 from distill_pipe.errors import UsageError
+from distill_pipe.store.disk import whole_file
 from distill_pipe.store.manifest import Run
 
 

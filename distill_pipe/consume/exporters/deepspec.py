@@ -18,11 +18,11 @@ from typing import ClassVar
 import msgspec
 import torch
 
-from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Address, Dtype, ExportOptions
 from distill_pipe.consume.exporters.record import Record, Sample
 from distill_pipe.consume.exporters.states import StatesLayout, paired_tokens
+from distill_pipe.store.disk import whole_file
 from distill_pipe.store.manifest import Run
 
 _INDEX = struct.Struct("<QIIQQQQQ")

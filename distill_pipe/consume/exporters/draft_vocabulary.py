@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_pipe.consume.exporters.files import save_pickle, whole_file
+from distill_pipe.consume.exporters.files import save_pickle
 from distill_pipe.consume.exporters.layout import Address
 from distill_pipe.consume.vocabulary import DraftVocabulary
 from distill_pipe.errors import UsageError
+from distill_pipe.store.disk import whole_file
 from distill_pipe.store.manifest import Run
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from distill_pipe.consume.exporters.arrow_folder import write_state, write_stream
 from distill_pipe.consume.exporters.draft_vocabulary import chosen_vocabulary, write_numpy_vocabulary
-from distill_pipe.consume.exporters.files import whole_file
 from distill_pipe.consume.exporters.inventory import Inventory
 from distill_pipe.consume.exporters.layout import Address, Dtype, ExportOptions, Layout, aux_layers, last_layer
 from distill_pipe.consume.exporters.record import Record, Sample
 from distill_pipe.consume.exporters.states import paired_tokens
 from distill_pipe.consume.tensor_file import save_tensors
+from distill_pipe.store.disk import whole_file
 from distill_pipe.store.manifest import Run
 from distill_pipe.store.trace import Trace
 
