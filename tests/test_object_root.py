@@ -218,20 +218,19 @@ def test_of_an_opened_file_only_what_is_read_is_asked_for(objects: Root, monkeyp
     assert asked == [(190, 194), (25, 30), (195, 200)]
 
 
-def test_parts_of_two_versions_of_an_object_are_not_mixed(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_two_versions_of_an_object_are_not_mixed(objects: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill_pipe.store.object_root._PART_BYTES", 4)
-    root = open_root(s3_folder)
-    root.publish_bytes(b"12345678", "x")
+    objects.publish_bytes(b"12345678", "x")
     get = obstore.get
 
     def replaced(store: object, name: str, options: object) -> object:
         monkeypatch.setattr(obstore, "get", get)
         found = get(store, name, options=options)
-        root.publish_bytes(b"abcdefgh", "x")
+        objects.publish_bytes(b"abcdefgh", "x")
         return found
 
     monkeypatch.setattr(obstore, "get", replaced)
-    with pytest.raises(DamageError, match="was replaced while it was read"), root.fetched("x"):
+    with pytest.raises(DamageError, match="was replaced while it was read"), objects.fetched("x"):
         pass
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from faults.reach import reach
 from faults.seaweed import START_SECONDS, STARTS, free_ports
 
 ACCOUNT, KEY, CONTAINER = "tester", base64.b64encode(b"a key for tests").decode(), "tests"
@@ -108,6 +109,5 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
 @pytest.fixture
 def az_folder(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> str:
     """`az://...` of an empty folder, reachable by what is in the environment."""
-    for name, value in azurite.environment().items():
-        monkeypatch.setenv(name, value)
+    reach(azurite, monkeypatch)
     return azurite.new_folder()

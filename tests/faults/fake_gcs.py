@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from faults.reach import reach
 from faults.seaweed import START_SECONDS, free_ports
 
 BUCKET = "tests"
@@ -188,6 +189,5 @@ def fake_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGcs]:
 @pytest.fixture
 def gs_folder(fake_gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> str:
     """`gs://...` of an empty folder, reachable by what is in the environment."""
-    for name, value in fake_gcs.environment().items():
-        monkeypatch.setenv(name, value)
+    reach(fake_gcs, monkeypatch)
     return fake_gcs.new_folder()

@@ -22,6 +22,7 @@ import pytest
 from obstore.store import S3Store
 
 from faults.proxy import Proxy
+from faults.reach import reach
 
 START_SECONDS, STARTS = 120, 5
 KEY, SECRET, BUCKET = "tester", "tester-secret", "tests"
@@ -132,8 +133,7 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 def proxy(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A proxy in front of the server; what is in the environment leads to it."""
     between = Proxy(seaweed.port)
-    for name, value in seaweed.environment(between.endpoint).items():
-        monkeypatch.setenv(name, value)
+    reach(seaweed, monkeypatch, between.endpoint)
     yield between
     between.close()
 
@@ -141,6 +141,5 @@ def proxy(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 @pytest.fixture
 def s3_folder(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> str:
     """`s3://...` of an empty folder, reachable by what is in the environment."""
-    for name, value in seaweed.environment().items():
-        monkeypatch.setenv(name, value)
+    reach(seaweed, monkeypatch)
     return seaweed.new_folder()

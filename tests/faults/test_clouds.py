@@ -13,13 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import obstore
 import pytest
 from fakes import SETTINGS, assert_same_rows, fake_job, questions, run_here
 from runs import prompt_records, succeed, write_corpus
 from tiny_datasets import make_dataset, start_run
 
-from distill_pipe.errors import DamageError, DistillPipeError, StoreAccessError, UsageError
+from distill_pipe.errors import DistillPipeError, StoreAccessError, UsageError
 from distill_pipe.store import object_root, retry
 from distill_pipe.store.commit import committed_shards
 from distill_pipe.store.finalize import finalize
@@ -30,6 +29,7 @@ from distill_pipe.store.verify import verify
 from faults.azurite import Azurite
 from faults.fake_gcs import FakeGcs
 from faults.proxy import Fault, Head, Proxy
+from faults.reach import reach
 from faults.test_object_runs import copied
 
 pytestmark = pytest.mark.faults
@@ -54,11 +54,6 @@ def between(cloud: Azurite | FakeGcs, monkeypatch: pytest.MonkeyPatch) -> Iterat
     reach(cloud, monkeypatch, proxy.endpoint)
     yield proxy
     proxy.close()
-
-
-def reach(server: Azurite | FakeGcs, monkeypatch: pytest.MonkeyPatch, endpoint: str | None = None) -> None:
-    for name, value in server.environment(endpoint).items():
-        monkeypatch.setenv(name, value)
 
 
 def assert_exactly_once(folder: str) -> None:
@@ -115,22 +110,6 @@ def test_a_file_of_several_parts_is_uploaded_whole(cloud, tmp_path, monkeypatch)
     root.publish(tmp_path / "large", "a/large")
     with root.fetched("a/large", len(data)) as path:
         assert path.read_bytes() == data
-
-
-def test_parts_of_two_versions_of_an_object_are_not_mixed(cloud, monkeypatch) -> None:
-    monkeypatch.setattr(object_root, "_PART_BYTES", 4)
-    root, get = open_root(cloud.new_folder()), obstore.get
-    root.publish_bytes(b"12345678", "x")
-
-    def replaced(store: object, name: str, options: object) -> object:
-        monkeypatch.setattr(obstore, "get", get)
-        found = get(store, name, options=options)
-        root.publish_bytes(b"abcdefgh", "x")
-        return found
-
-    monkeypatch.setattr(obstore, "get", replaced)
-    with pytest.raises(DamageError, match="was replaced while it was read"), root.fetched("x"):
-        pass
 
 
 def test_a_listing_of_many_pages_is_whole(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> None:

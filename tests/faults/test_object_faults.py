@@ -25,6 +25,7 @@ from distill_pipe.store.selftest import require_exclusive_create
 from distill_pipe.store.uploads import UPLOADS, UploadGate
 from distill_pipe.store.verify import verify
 from faults.proxy import Fault, Head, Proxy
+from faults.reach import reach
 from faults.seaweed import Seaweed
 
 pytestmark = pytest.mark.matrix
@@ -193,8 +194,7 @@ def test_a_listing_that_fails_in_the_middle_is_not_taken_for_a_short_one(proxy, 
 
 def test_an_endpoint_that_nobody_listens_on_is_given_up_soon(monkeypatch: pytest.MonkeyPatch, seaweed: Seaweed) -> None:
     monkeypatch.setattr(object_root, "FIRST_SECONDS", 1.0)
-    for name, value in seaweed.environment("http://127.0.0.1:9").items():
-        monkeypatch.setenv(name, value)
+    reach(seaweed, monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(StoreError, match=r"after [12] s"):
         open_root("s3://tests/x").read("run.json")
 
